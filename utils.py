@@ -1,0 +1,585 @@
+"""What the three scripts share: data and augmentation, optimiser and schedule, checkpoints, devices and errors."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import socket
+import struct
+import sys
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+from torchvision.datasets import MNIST
+
+from model import Net
+
+MEAN, STD = 0.1307, 0.3081  # of the 60,000 training images, scaled to 0..1
+IMAGE_SIZE = 28
+# The four raw files with their MD5 sums, and how many dimensions their IDX headers declare.
+MNIST_FILES = {
+    "train-images-idx3-ubyte": ("6bbc9ace898e44ae57da46a324031adb", 3),
+    "train-labels-idx1-ubyte": ("a25bea736e30d166cdddb491f175f624", 1),
+    "t10k-images-idx3-ubyte": ("2646ac647ad5339dbf082846283269ea", 3),
+    "t10k-labels-idx1-ubyte": ("27ae3e4e09519cfbb04c329615203637", 1),
+}
+DOWNLOAD_TIMEOUT = 10  # seconds for a mirror to answer
+MAX_CHECKPOINT_BYTES = 512 * 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors, devices, randomness
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend; its one-line message says what and how."""
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Call `main` and exit with its status; a UserError becomes one line on stderr and status 2."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(_fail(str(error)))
+    except BrokenPipeError:  # `python test_model.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _fail(message: str) -> int:
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    return 2
+
+
+def warn(message: str) -> None:
+    """One line on stderr; the work goes on."""
+    print(f"{Path(sys.argv[0]).name}: warning: {message}", file=sys.stderr)
+
+
+def in_range(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """An argparse type: `kind(text)` within [low, high], refused in argparse's own words otherwise."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {bounds}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names the type in "invalid int value"
+    return parse
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """--data-dir and --device, the same in all three scripts."""
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path(os.environ.get("MNIST_DATA_DIR") or "data"), metavar="DIR",
+        help="folder with MNIST/raw/, downloaded there on first use (default: $MNIST_DATA_DIR, else data)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+        help="auto takes cuda, then mps, then cpu (default: auto)",
+    )  # fmt: skip
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" takes the fastest present. Raises UserError for one that is not there."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in present.items() if there)
+    if not present[name]:
+        raise UserError(f"--device {name}: this machine or this build of PyTorch has none; try --device auto")
+    return torch.device(name)
+
+
+def place(model: Net, device: torch.device) -> Net:
+    """Move `model` to `device`; a CPU computes its convolutions and pooling fastest in channels-last memory."""
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    return model.to(device, memory_format=layout)
+
+
+def derive_seed(*numbers: int) -> int:
+    """One 64-bit seed from several numbers, so that (seed 1, epoch 2) and (seed 2, epoch 1) share nothing."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MNIST
+
+
+class Split(NamedTuple):
+    """Images uint8 (N, 1, 28, 28), 0 to 255, and labels int64 (N,), on one device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def select(self, index: Tensor) -> Split:
+        """The images and labels at `index` (M,)."""
+        return Split(self.images[index], self.labels[index])
+
+
+def load_mnist(data_dir: Path, train: bool, device: torch.device) -> Split:
+    """The training or the test split, as one tensor on `device`; the files are checked, and downloaded if missing.
+
+    Raises UserError for files that are missing and cannot be had, or that are not MNIST-format IDX files.
+    """
+    prepare_mnist(data_dir)
+    dataset = MNIST(str(data_dir), train=train)
+    return Split(dataset.data.unsqueeze(1).to(device), dataset.targets.to(device))
+
+
+def prepare_mnist(data_dir: Path) -> None:
+    """See to it that the four raw files are in `data_dir`/MNIST/raw and well-formed; UserError if not."""
+    raw = data_dir / "MNIST" / "raw"
+    if raw in _prepared:
+        return
+    try:
+        for name in MNIST_FILES:
+            if not (raw / name).exists() and (raw / f"{name}.gz").exists():
+                _unpack(raw / f"{name}.gz", raw / name)
+        missing = [name for name in MNIST_FILES if not (raw / name).exists()]
+        if missing:
+            _download(data_dir, raw, missing)
+        counts = {name: _check_idx(raw / name) for name in MNIST_FILES}
+        altered = [name for name, (md5, _) in MNIST_FILES.items() if _md5(raw / name) != md5]
+    except OSError as error:
+        raise UserError(f"cannot read MNIST in {raw}: {error.strerror or error}") from error
+    for part in ("train", "t10k"):
+        images, labels = counts[f"{part}-images-idx3-ubyte"], counts[f"{part}-labels-idx1-ubyte"]
+        if images != labels:
+            raise UserError(f"{raw}: {images} {part} images but {labels} labels; delete the {part} files, run again")
+    if altered:
+        warn(f"not the official MNIST (checksum differs), used as it is: {raw}/{{{','.join(altered)}}}")
+    _prepared.add(raw)
+
+
+_prepared: set[Path] = set()  # folders checked by this process
+
+
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def _parse_idx_header(header: bytes, dims: int, path: Path) -> list[int]:
+    """Sizes declared by an IDX header of `dims` dimensions of unsigned bytes; UserError if it is anything else.
+
+    Source: the file format section of LeCun's MNIST page.
+    """
+    mend = "delete it and run again to download it"
+    if len(header) < 4 + 4 * dims:
+        raise UserError(f"{path} is truncated: only {len(header)} bytes; {mend}")
+    magic, *sizes = struct.unpack(f">{1 + dims}I", header[: 4 + 4 * dims])
+    if magic != 0x0800 + dims:
+        raise UserError(f"{path} is not an MNIST file: magic number {magic}, expected {0x0800 + dims}; {mend}")
+    if sizes[0] == 0 or any(size != IMAGE_SIZE for size in sizes[1:]):
+        raise UserError(f"{path} declares {' x '.join(map(str, sizes))}, expected N{' x 28 x 28' * (dims == 3)}; {mend}")
+    return sizes
+
+
+def _check_idx(path: Path) -> int:
+    """Number of items in the IDX file at `path`; UserError if header, size or labels are not MNIST's format."""
+    dims = MNIST_FILES[path.name][1]
+    with path.open("rb") as file:
+        sizes = _parse_idx_header(file.read(4 + 4 * dims), dims, path)
+        expected, actual = 4 + 4 * dims + math.prod(sizes), path.stat().st_size
+        if actual != expected:
+            state = "truncated" if actual < expected else "too long"
+            raise UserError(
+                f"{path} is {state}: {actual:,} bytes, its header declares {expected:,}; "
+                "delete it and run again to download it"
+            )
+        if dims == 1:
+            largest = max(file.read())
+            if largest > 9:
+                raise UserError(f"{path} has a label {largest}, digits are 0 to 9; delete it and run again to download it")
+    return sizes[0]
+
+
+def _unpack(packed: Path, path: Path) -> None:
+    """Decompress a gzipped IDX file, no further than its own header says; UserError if it is not one."""
+    dims = MNIST_FILES[path.name][1]
+    try:
+        with gzip.open(packed) as file:
+            header = file.read(4 + 4 * dims)
+            size = math.prod(_parse_idx_header(header, dims, packed))
+            with replacing(path) as temporary, temporary.open("wb") as target:
+                target.write(header)
+                while size > 0 and (part := file.read(min(size, 2**20))):
+                    target.write(part)
+                    size -= len(part)
+                if size or file.read(1):
+                    raise UserError(f"{packed} does not hold what its header declares; delete it and run again")
+    except (EOFError, gzip.BadGzipFile, zipfile.zlib.error) as error:
+        raise UserError(f"{packed} is not a readable gzip file ({error}); delete it and run again") from error
+
+
+def _download(data_dir: Path, raw: Path, missing: list[str]) -> None:
+    """Torchvision's own download, which gives up on a silent mirror after seconds; UserError if it fails."""
+    print(f"Downloading MNIST to {raw}", file=sys.stderr)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        MNIST(str(data_dir), download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"no MNIST in {raw}: missing {', '.join(missing)} (or the same with .gz), and the download failed "
+            f"({str(error).splitlines()[-1] if str(error) else type(error).__name__}); put the four files there, "
+            "or point elsewhere with --data-dir DIR or MNIST_DATA_DIR=DIR, where DIR holds MNIST/raw/"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def stratified_folds(labels: Tensor, folds: int, seed: int) -> list[Tensor]:
+    """Split 0..N-1 into `folds` sorted index tensors, disjoint, each with its share of every class in `labels` (N,)."""
+    generator = torch.Generator().manual_seed(derive_seed(seed))
+    shuffled = torch.randperm(len(labels), generator=generator)
+    by_class = shuffled[torch.argsort(labels.cpu()[shuffled], stable=True)]
+    return [by_class[fold::folds].sort().values.to(labels.device) for fold in range(folds)]
+
+
+def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
+    """Stratified (rest, held-out) with `size` images held out, 0 < size < N; the same for the same seed."""
+    n = len(split.labels)
+    generator = torch.Generator().manual_seed(derive_seed(seed))
+    shuffled = torch.randperm(n, generator=generator)
+    by_class = shuffled[torch.argsort(split.labels.cpu()[shuffled], stable=True)]
+    chosen = torch.zeros(n, dtype=torch.bool)
+    chosen[by_class[(torch.arange(size) * n + n // 2) // size]] = True  # evenly spaced through the classes
+    chosen = chosen.to(split.labels.device)
+    return split.select(~chosen), split.select(chosen)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches and augmentation
+
+
+def normalize(images: Tensor) -> Tensor:
+    """(..., 28, 28) with ink 1 on 0 -> the network's input, mean 0 and standard deviation 1 over MNIST."""
+    return (images - MEAN) / STD
+
+
+class Augmentation(NamedTuple):
+    """Ranges of the random transform of each image; all zeros leave the images as they are."""
+
+    rotation: float = 0.0  # degrees, either way
+    scale: float = 0.0  # 0.1 is 0.9 to 1.1
+    translate: float = 0.0  # fraction of the image's side, either way
+    shear: float = 0.0  # degrees, either way, along x and along y
+    elastic: float = 0.0  # standard deviation, in pixels, of the displacement of each control point
+
+    def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Affine matrices (n, 2, 3) and control-point displacements (n, 2, K * K) in pixels, drawn from `generator`."""
+        u = torch.rand(n, 6, generator=generator) * 2 - 1
+        matrices = affine_matrices(
+            angle=self.rotation * u[:, 0],
+            translate=self.translate * IMAGE_SIZE * u[:, 1:3],
+            scale=1 + self.scale * u[:, 3],
+            shear=self.shear * u[:, 4:6],
+        )
+        k = ELASTIC_GRID**2 if self.elastic else 0
+        return matrices, self.elastic * torch.randn(n, 2, k, generator=generator)
+
+
+ELASTIC_GRID = 5  # control points along each side
+
+
+def affine_matrices(angle: Tensor, translate: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
+    """Inverse maps for `F.affine_grid`, (N, 2, 3), with the meaning of torchvision's `affine`.
+
+    Args:
+        angle: degrees, clockwise, (N,).
+        translate: pixels right and down, (N, 2).
+        scale: factor, (N,).
+        shear: degrees along x and along y, (N, 2).
+    """
+    angle, (shear_x, shear_y) = torch.deg2rad(angle), torch.deg2rad(shear).unbind(1)
+    # Rotation after shear, as in torchvision.transforms.functional._get_inverse_affine_matrix.
+    a = torch.cos(angle - shear_y) / torch.cos(shear_y)
+    b = -a * torch.tan(shear_x) - torch.sin(angle)
+    c = torch.sin(angle - shear_y) / torch.cos(shear_y)
+    d = -c * torch.tan(shear_x) + torch.cos(angle)
+    inverse = torch.stack([d, -b, -c, a], 1).view(-1, 2, 2) / scale.view(-1, 1, 1)
+    offset = -(inverse @ (translate * 2 / IMAGE_SIZE).unsqueeze(2))  # affine_grid's unit is half an image
+    return torch.cat([inverse, offset], 2)
+
+
+def _grid_basis(device: torch.device) -> Tensor:
+    """(3 + K * K, 784): x, y and 1 of each pixel, then each elastic control point's bicubic bump, in half images."""
+    eye = torch.eye(2, 3, device=device).unsqueeze(0)
+    xy = F.affine_grid(eye, [1, 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False).view(-1, 2).t()
+    k = ELASTIC_GRID
+    bumps = F.interpolate(torch.eye(k * k, device=device).view(k * k, 1, k, k), IMAGE_SIZE, mode="bicubic")
+    return torch.cat([xy, torch.ones_like(xy[:1]), bumps.view(k * k, -1) * 2 / IMAGE_SIZE])
+
+
+def warp(images: Tensor, matrices: Tensor, displacements: Tensor | None = None, basis: Tensor | None = None) -> Tensor:
+    """Sample float images (N, 1, 28, 28) at the points that `matrices` (N, 2, 3) name, bilinearly, 0 outside.
+
+    `displacements` (N, 2, K * K) moves the points further, in pixels, smoothly between control points.
+    This is `F.affine_grid` and `F.grid_sample`; the grid is one matrix product, 15 times as fast on a CPU.
+    """
+    basis = _grid_basis(images.device) if basis is None else basis
+    coefficients = matrices if displacements is None else torch.cat([matrices, displacements], 2)
+    grid = coefficients.flatten(0, 1) @ basis[: coefficients.shape[2]]
+    grid = grid.view(-1, 2, IMAGE_SIZE, IMAGE_SIZE).permute(0, 2, 3, 1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+class Loader:
+    """Batches of (normalised images float (B, 1, 28, 28), labels (B,)) from a Split, like a DataLoader's.
+
+    Shuffled and augmented if an Augmentation is given, in order and unchanged otherwise. The images of
+    an epoch depend on `seed` and the number given to `set_epoch` alone, not on the epochs before or the device.
+    """
+
+    def __init__(self, split: Split, batch_size: int, augmentation: Augmentation | None = None, seed: int = 0) -> None:
+        self.split, self.batch_size, self.augmentation, self.seed = split, batch_size, augmentation, seed
+        self.epoch = 0
+        self.basis = _grid_basis(split.images.device)
+        # Work on many batches at a time: few calls, and what they make still fits a CPU's cache, or a GPU's memory.
+        images = 1024 if split.images.device.type == "cpu" else 16384
+        self.chunk = max(1, images // batch_size) * batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.split.labels) / self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and augmentation of the next pass, as `DistributedSampler.set_epoch` does."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        (images, labels), n = self.split, len(self.split.labels)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+        order = torch.arange(n) if self.augmentation is None else torch.randperm(n, generator=generator)
+        for index in order.split(self.chunk):
+            x = images[index.to(images.device)].float().div_(255)
+            y = labels[index.to(images.device)]
+            if self.augmentation is not None:
+                matrices, displacements = self.augmentation.sample(len(index), generator)
+                x = warp(x, matrices.to(x.device), displacements.to(x.device), self.basis)
+            yield from zip(normalize(x).split(self.batch_size), y.split(self.batch_size))
+
+
+@torch.inference_mode()
+def predict(model: torch.nn.Module, split: Split, batch_size: int = 500) -> Tensor:
+    """Logits float (N, 10) of the whole split, in eval mode, on its device."""
+    was_training = model.training
+    model.eval()
+    logits = torch.cat([model(x) for x, _ in Loader(split, batch_size)])
+    model.train(was_training)
+    return logits
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Percentage of rows of `logits` (N, 10) whose largest entry is at `labels` (N,)."""
+    return 100 * (logits.argmax(1) == labels).double().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimiser, schedule, weight averaging
+
+
+def make_optimizer(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD with Nesterov momentum in one fused kernel; on a GPU the rate is a tensor, which a CUDA graph can follow."""
+    device = next(model.parameters()).device
+    rate = torch.tensor(lr, device=device) if device.type == "cuda" else lr
+    return torch.optim.SGD(
+        model.parameters(), rate, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )  # fmt: skip
+
+
+def one_cycle(step: int, total: int, lr: float, peak_lr: float, warmup: float) -> float:
+    """Learning rate of `step` (0 to total - 1) in one cycle (Smith & Topin, 2018).
+
+    It starts at `lr`, rises to `peak_lr` along half a cosine during the first `warmup` (0 to 1) of
+    all steps and falls along another towards 0, which step `total` would reach.
+    """
+    rise = warmup * total
+    if step < rise:
+        return peak_lr + (lr - peak_lr) * (1 + math.cos(math.pi * step / rise)) / 2
+    return peak_lr * (1 + math.cos(math.pi * (step - rise) / (total - rise))) / 2
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all parameter groups, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def make_ema(model: Net, updates: float) -> AveragedModel:
+    """Exponential moving average of weights and running statistics over about `updates` updates.
+
+    It starts as a plain mean: the average is never older than a tenth of what it has seen.
+    """
+
+    def average(averages: Sequence[Tensor], values: Sequence[Tensor], seen: Tensor | int) -> None:
+        weight = max(1 / updates, 1 / (1 + 0.1 * float(seen)))
+        for average, value in zip(averages, values):
+            if average.is_floating_point():
+                average.lerp_(value, weight)
+            else:
+                average.copy_(value)
+
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: written whole or not at all, read with suspicion
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on leaving it becomes `path` at once, after an error it is gone.
+
+    The name is fixed, so what a killed process left there is overwritten by the next.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all; UserError if the place cannot be written."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all; UserError if the place cannot be written."""
+    buffer = io.BytesIO()  # in memory first: torch.save reports a full disk in its own, longer words
+    torch.save(checkpoint, buffer)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of `train.py`, never running code from it; UserError if it is not a whole and sound one."""
+    _check_archive(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is refused: it holds more than plain data and could run code when loaded") from error
+    except Exception as error:  # a damaged archive makes torch raise nearly anything
+        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})") from error
+    keys = {"architecture", "model", "recipe", "seed", "epoch", "metrics", "versions"}
+    if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint of train.py")
+    return checkpoint
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse, before PyTorch touches it, what is missing, not a zip archive, compressed or huge."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_CHECKPOINT_BYTES:
+            raise UserError(f"{path} is too large for a checkpoint of train.py: {size:,} bytes")
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no checkpoint at {path}: make one with `python train.py`, "
+            "or use the released one with `--checkpoint assets/mnist_cnn.pt`"
+        ) from error
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
+        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({error})") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > size for m in members):
+        raise UserError(f"{path} is damaged or not a checkpoint of train.py (compressed or oversized entries)")
+
+
+def load_model(path: Path, device: torch.device) -> tuple[Net, dict[str, Any]]:
+    """The network of a checkpoint, in eval mode on `device`, and the checkpoint; UserError as load_checkpoint."""
+    checkpoint = load_checkpoint(path)
+    return place(build_model(checkpoint, path), device).eval(), checkpoint
+
+
+def build_model(checkpoint: dict[str, Any], path: Path) -> Net:
+    """Net with the checkpoint's architecture and weights; UserError where the two do not fit or are not finite."""
+    architecture, weights = checkpoint["architecture"], checkpoint["model"]
+    try:
+        if not 1 <= architecture["width"] <= 64:
+            raise ValueError(f"width {architecture['width']}")
+        model = Net(**architecture)
+        model.load_state_dict(weights)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} holds another architecture than this model.py ({type(error).__name__})") from error
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise UserError(f"{path} has weights that are not finite; train again")
+    return model
+
+
+def release_contents(model: Net, recipe: dict[str, Any], epoch: int, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What every checkpoint carries: architecture and weights of `model`, and where they come from."""
+    return {
+        "architecture": model.architecture,
+        "model": {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
+        "recipe": recipe,
+        "seed": recipe["seed"],
+        "epoch": epoch,
+        "metrics": metrics,
+        "versions": versions(),
+    }
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; UserError if another one holds it. Ends with the process, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    try:
+        import fcntl
+    except ImportError:  # Windows has no lock on a folder: two trainings into one --out are not refused there
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another training writes to {folder}; wait for it or choose another --out") from error
+    try:
+        yield
+    finally:
+        os.close(handle)
