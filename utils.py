@@ -97,6 +97,14 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_checkpoint_flag(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint, for the two scripts that read one."""
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("checkpoints/model.pt"), metavar="PATH",
+        help="weights written by train.py (default: %(default)s)",
+    )  # fmt: skip
+
+
 def choose_device(name: str) -> torch.device:
     """The device called `name`; "auto" takes the fastest present. Raises UserError for one that is not there."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -478,8 +486,8 @@ def versions() -> dict[str, str]:
     """The versions that a result depends on."""
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
         "numpy": np.__version__,
     }
 

@@ -1,0 +1,66 @@
+"""Fixtures: a small rendered data set, a training on it, and a way to run the scripts as a user does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Callable
+
+import pytest
+from synthetic_mnist import make_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also run the long versions of the fault-injection tests")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether the long versions were asked for."""
+    return request.config.getoption("--full")
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2,000 training and 500 test images of printed digits, in MNIST's format."""
+    return make_dataset(tmp_path_factory.mktemp("data"), train=2000, test=500)
+
+
+@pytest.fixture(scope="session")
+def run(data_dir: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """run("train.py", "--epochs", 1, status=0): the script in the repository's root, on `data_dir`."""
+
+    def run(script: str, *args: object, status: int = 0, env: dict[str, str] | None = None, timeout: float = 240):
+        command = [sys.executable, str(ROOT / script), *map(str, args)]
+        environment = {**os.environ, "MNIST_DATA_DIR": str(data_dir), "MPLBACKEND": "", **(env or {})}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+        assert done.returncode == status, f"{command}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short finished training: model.pt, last.pt, history.json."""
+    out = tmp_path_factory.mktemp("trained")
+    run("train.py", "--epochs", 3, "--val-size", 200, "--warmup", 0.3, "--dropout-until", 0, "--out", out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def released() -> Path:
+    """The checkpoint that comes with the repository."""
+    return ROOT / "assets" / "mnist_cnn.pt"
+
+
+def assert_refused(done: subprocess.CompletedProcess, *words: object) -> None:
+    """One line on stderr, naming `words`."""
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for word in words:
+        assert str(word) in done.stderr
