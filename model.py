@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple, Sequence
 
 import torch
@@ -181,6 +182,18 @@ class Net(nn.Module):
             layer.p = rate * factor
 
 
+def load_pretrained() -> Net:
+    """The released network (`assets/mnist_cnn.pt`), in eval mode on the CPU.
+
+    Its input is float (N, 1, 28, 28): bright ink on black, 0 to 1, in MNIST's framing (the digit fits
+    20 x 20 pixels, its centre of mass in the middle), normalised by `(x - 0.1307) / 0.3081`; its output
+    logits (N, 10). Raises utils.UserError if the file is missing or damaged.
+    """
+    from utils import load_model  # utils imports this module
+
+    return load_model(Path(__file__).resolve().parent / "assets" / "mnist_cnn.pt", torch.device("cpu"))[0]
+
+
 class Layer(NamedTuple):
     """One row of the layer table; sizes are (C, H, W) or (features,), `rf` and jumps in input pixels."""
 
@@ -194,7 +207,7 @@ class Layer(NamedTuple):
     macs: int
 
 
-def _window(module: nn.Module, size_in: int, size_out: int) -> tuple[int, int]:
+def window(module: nn.Module, size_in: int, size_out: int) -> tuple[int, int]:
     """Kernel and stride with which `module` slides over its input; adaptive pooling's follow from the sizes."""
     if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
         starts = [i * size_in // size_out for i in range(size_out)]
@@ -227,7 +240,7 @@ def layer_table(model: Net) -> list[Layer]:
         if isinstance(module, nn.Linear):
             rf = jump_in = None
         else:
-            kernel, stride = _window(module, size_in[1], size_out[1])
+            kernel, stride = window(module, size_in[1], size_out[1])
             rf, jump_out = rf + (kernel - 1) * jump_in, stride * jump_in
         parameters = tuple(p.numel() for p in module.parameters())
         macs = 0

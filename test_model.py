@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 import utils
-from model import Net, count_parameters
+from model import Net, count_parameters, window
 from utils import Split, UserError
 
 
@@ -147,10 +149,14 @@ def export_onnx(model: Net, path: Path) -> str:
     except ImportError as error:
         raise UserError(f"--export needs the package {error.name}: pip install onnx onnxscript") from error
     image = utils.normalize(torch.rand(3, 1, 28, 28))
-    model = utils.place(model, torch.device("cpu")).eval()
+    model = model.to("cpu")
+    kernel, stride = window(model.pool, 7, 3)  # ONNX has no adaptive pooling
+    pool = nn.MaxPool2d if isinstance(model.pool, nn.AdaptiveMaxPool2d) else nn.AvgPool2d
+    exported = copy.deepcopy(model)
+    exported.pool = pool(kernel, stride)
     with utils.replacing(path) as temporary:
         torch.onnx.export(
-            model, (image,), str(temporary), opset_version=18, input_names=["image"], output_names=["logits"],
+            exported, (image,), str(temporary), opset_version=18, input_names=["image"], output_names=["logits"],
             dynamic_shapes={"x": {0: torch.export.Dim("batch")}}, dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
     try:

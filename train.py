@@ -78,6 +78,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--folds", type=in_range(int, 2), metavar="K", help="K-fold cross-validation on the training images")
     add("--threads", type=in_range(int, 1), default=torch.get_num_threads(), metavar="N",
         help="CPU threads; the bits of the result depend on them (default: one a core, here %(default)s)")  # fmt: skip
+    add("--tensorboard", type=Path, nargs="?", const=Path("runs"), metavar="DIR",
+        help="write curves, weights, images and hyperparameters for TensorBoard (default DIR: runs)")  # fmt: skip
     add("--eager", action="store_true", help="on a GPU, launch each kernel by itself instead of one CUDA graph a step")
     add("--dry-run", action="store_true", help="a few steps of everything; keeps nothing")
 
@@ -292,6 +294,55 @@ class Trainer:
         self.history = state["history"]
 
 
+def summary_writer(folder: Path) -> Any:
+    """A SummaryWriter for `folder`; UserError if the tensorboard package or the right to write is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+    try:
+        return SummaryWriter(str(folder))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+class TensorBoard:
+    """Curves and weight histograms by epoch, and the first batch of augmented digits."""
+
+    def __init__(self, folder: Path, trainer: Trainer) -> None:
+        self.trainer, self.writer = trainer, summary_writer(folder)
+        images, _ = next(iter(trainer.loader))
+        self.writer.add_images("augmented digits", (images * utils.STD + utils.MEAN).clamp(0, 1))
+
+    def log_epoch(self, entry: dict[str, float]) -> None:
+        """Everything that `history.json` has of the epoch, and each weight tensor's histogram."""
+        epoch = int(entry["epoch"])
+        for name, value in entry.items():
+            if name not in ("epoch", "seconds", "dropout_factor"):
+                part, _, rest = name.partition("_")
+                self.writer.add_scalar(f"{rest}/{part}" if part in ("train", "val") else name, value, epoch)
+        for block, rate in enumerate(self.trainer.model.dropout_rates[:4], 1):
+            self.writer.add_scalar(f"dropout_rate/block{block}", rate * entry["dropout_factor"], epoch)
+        for name, weights in self.trainer.averaged().named_parameters():
+            self.writer.add_histogram(name, weights, epoch)
+
+    def close(self) -> None:
+        """Write out what is still in memory."""
+        self.writer.close()
+
+
+def log_result(folder: Path, recipe: dict[str, Any], metrics: dict[str, float], test: Split, logits: Tensor) -> None:
+    """For TensorBoard, the misclassified test digits and the hyperparameters with their final accuracy."""
+    writer = summary_writer(folder)
+    wrong = (logits.argmax(1) != test.labels).nonzero().flatten()
+    if len(wrong):
+        writer.add_images("misclassified digits", test.images[wrong[:64]])
+    plain = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in recipe.items()}
+    finals = {f"final/{name}": value for name, value in metrics.items() if name.endswith("accuracy")}
+    writer.add_hparams(plain, finals, run_name=".")
+    writer.close()
+
+
 def print_epoch(entry: dict[str, float]) -> None:
     """The log lines of one epoch, in the seed's format."""
     tqdm.write(f"Epoch {entry['epoch']}\nLearning rate: {entry['learning_rate']:.6f}")
@@ -302,18 +353,19 @@ def print_epoch(entry: dict[str, float]) -> None:
 
 
 def train(recipe: dict[str, Any], train: Split, val: Split | None, out: Path, device: torch.device,
-          resume: bool, eager: bool) -> tuple[Net, list[dict[str, float]]]:  # fmt: skip
+          args: argparse.Namespace) -> tuple[Net, list[dict[str, float]]]:  # fmt: skip
     """Train one network, writing last.pt and history.json each epoch; returns the averaged network and the history."""
-    trainer = Trainer(recipe, train, device, eager)
+    trainer = Trainer(recipe, train, device, args.eager)
     last = out / "last.pt"
-    if resume and last.exists():
+    if args.resume and last.exists():
         checkpoint = utils.load_checkpoint(last)
         if checkpoint["recipe"] != recipe:
             raise UserError(f"{last} was made by another recipe; give the flags of that run, or another --out")
         restore(trainer, checkpoint, last)
         print(f"Resuming {out} after epoch {len(trainer.history)} of {recipe['epochs']}")
-    elif resume:
+    elif args.resume:
         print(f"No {last} yet: starting with epoch 1")
+    board = TensorBoard(args.tensorboard / out.name, trainer) if args.tensorboard else None
     for epoch in range(len(trainer.history), recipe["epochs"]):
         entry = trainer.train_epoch(epoch)
         if val is not None:
@@ -326,6 +378,10 @@ def train(recipe: dict[str, Any], train: Split, val: Split | None, out: Path, de
         utils.save_checkpoint(last, {**contents, "training": trainer.state()})
         utils.write_json(out / "history.json", trainer.history)
         print_epoch(entry)
+        if board:
+            board.log_epoch(entry)
+    if board:
+        board.close()
     return trainer.averaged(), trainer.history
 
 
@@ -348,13 +404,15 @@ def run_once(args: argparse.Namespace, recipe: dict[str, Any], out: Path, device
     test = utils.load_mnist(args.data_dir, train=False, device=device)
     if args.dry_run:
         train_split, val, test = shorten(train_split, recipe), val and shorten(val, recipe), shorten(test, recipe)
-    model, history = train(recipe, train_split, val, out, device, args.resume, args.eager)
+    model, history = train(recipe, train_split, val, out, device, args)
 
     logits = utils.predict(model, test)
     metrics = {name: value for name, value in history[-1].items() if name.startswith(("train_", "val_"))}
     metrics["test_loss"] = F.cross_entropy(logits, test.labels).item()
     metrics["test_accuracy"] = utils.accuracy(logits, test.labels)
     utils.save_checkpoint(out / "model.pt", utils.release_contents(model, recipe, recipe["epochs"], metrics))
+    if args.tensorboard:
+        log_result(args.tensorboard / out.name, recipe, metrics, test, logits)
     return {"seed": recipe["seed"], **metrics, "logits": logits, "labels": test.labels}
 
 
@@ -413,7 +471,7 @@ def cross_validate(args: argparse.Namespace, device: torch.device) -> None:
         if args.dry_run:
             parts = tuple(shorten(part, args.recipe) for part in parts)
         recipe = {**args.recipe, "folds": args.folds, "fold": k + 1}
-        _, history = train(recipe, *parts, args.out / f"fold-{k + 1}", device, args.resume, args.eager)
+        _, history = train(recipe, *parts, args.out / f"fold-{k + 1}", device, args)
         entries.append({"fold": k + 1, "train_size": len(parts[0].labels), "val_size": len(parts[1].labels), **history[-1]})
     result = summary([entry["val_accuracy"] for entry in entries])
     utils.write_json(args.out / "cross_validation.json",

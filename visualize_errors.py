@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 import utils
@@ -30,7 +30,7 @@ ACCURACY_TICKS = (10, 20, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.98
 MAPS_SHOWN = 24  # feature maps of a block in filters.png; wider networks have more
 INK, ACCENT, MUTED = "0.15", "#d55e00", "0.45"
 STYLE = {
-    "font.size": 9, "axes.titlesize": 8.5, "axes.titlepad": 3, "figure.titlesize": 11, "figure.titleweight": "bold",
+    "font.size": 9, "axes.titlesize": 8.5, "axes.titlepad": 4, "figure.titlesize": 11, "figure.titleweight": "bold",
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "0.6", "axes.labelcolor": "0.25",
     "xtick.color": "0.4", "ytick.color": "0.4", "legend.frameon": False, "savefig.dpi": 150,
 }  # fmt: skip
@@ -138,13 +138,14 @@ def smooth_grad(model: nn.Module, x: Tensor, classes: Tensor, samples: int = 100
     SmoothGrad (Smilkov et al., 2017): the gradient averaged over `samples` copies with Gaussian noise of
     standard deviation `noise` times the image's range, then its absolute value.
     """
-    sigma = noise * (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
     generator = torch.Generator().manual_seed(0)
-    total = torch.zeros_like(x)
-    for _ in range(samples):
-        noisy = (x + sigma * torch.randn(x.shape, generator=generator).to(x.device)).requires_grad_()
-        total += torch.autograd.grad(model(noisy).gather(1, classes[:, None]).sum(), noisy)[0]
-    return (total / samples).abs().squeeze(1)
+    saliency = []
+    for image, digit in zip(x, classes):
+        normal = torch.randn(samples, *image.shape, generator=generator).to(x.device)
+        noisy = (image + noise * (image.max() - image.min()) * normal).requires_grad_()
+        (gradients,) = torch.autograd.grad(model(noisy)[:, digit].sum(), noisy)
+        saliency.append(gradients.mean(0).abs().squeeze(0))
+    return torch.stack(saliency)
 
 
 def pca(features: Tensor, components: int = 2) -> tuple[Tensor, Tensor]:
@@ -392,7 +393,7 @@ def plot_images(names: list[str], originals: list[Image.Image], digits: Tensor, 
     figure, axes = sheet(
         f"What the network reads in {count:,} image{'s' * (count > 1)}",
         "Each image, the 28x28 digit made of it, and the probability of each digit",
-        rows=math.ceil(count / across), widths=[1.2, 1.2, 2.2] * across, height=1.2, gap=(0.25, 0.55),
+        rows=math.ceil(count / across), widths=[1.2, 1.2, 2.2] * across, height=1.2, gap=(0.3, 0.55),
     )  # fmt: skip
     for (left, middle, right), name, original, digit, p in zip(
         axes.reshape(-1, 3), names, originals, digits, probabilities
@@ -403,7 +404,7 @@ def plot_images(names: list[str], originals: list[Image.Image], digits: Tensor, 
         best = int(p.argmax())
         right.set_axis_on()
         right.bar(range(10), p, color=[ACCENT if k == best else "0.7" for k in range(10)], width=0.75)
-        right.set(xticks=range(10), yticks=[0, 0.5, 1], ylim=(0, 1), xlim=(-0.6, 9.6))
+        right.set(xticks=range(10), yticks=[0, 1], ylim=(0, 1), xlim=(-0.6, 9.6))
         right.tick_params(length=0, labelsize=8)
         caption(right, f"reads {best}", f"{p[best]:.1%}")
     return figure
@@ -455,10 +456,9 @@ def draw_images(args: argparse.Namespace, model: nn.Module, device: torch.device
         except UserError as error:
             utils.warn(str(error))
             continue
-        original.thumbnail((400, 400))
         name = path.name.encode("utf-8", "replace").decode()  # as bytes that are not UTF-8 cannot be drawn
         names.append(name if len(name) <= 30 else f"…{name[-29:]}")
-        originals.append(original)
+        originals.append(ImageOps.pad(original, (400, 400), color="white"))
         digits.append(digit)
     if digits:
         prepared = torch.stack(digits)
