@@ -58,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shear", type=in_range(float, 0, 60), default=10.0, help="degrees, either way (default: %(default)s)")
     add("--elastic", type=in_range(float, 0, 10), default=0.0,
         help="elastic distortion: standard deviation in pixels of a coarse grid's points (default: %(default)s)")  # fmt: skip
-    add("--width", type=in_range(int, 1, 64), default=1, help="times as many channels: a teacher (default: 1)")
+    add("--width", type=in_range(int, 1, utils.MAX_WIDTH), default=1, help="times as many channels: a teacher (default: 1)")
     add("--activation", choices=tuple(ACTIVATIONS), default="silu", help="(default: %(default)s)")
     add("--adaptive-pool", choices=tuple(ADAPTIVE_POOLS), default="max", help="(default: %(default)s)")
     add("--teacher", type=str, nargs="+", default=[], metavar="PATH",
@@ -86,21 +86,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.folds and (args.runs > 1 or args.val_size):
         parser.error("--folds goes with neither --runs nor --val-size")
-    if args.resume:
-        saved = next(args.out.glob("last.pt"), None) or next(iter(sorted(args.out.glob("*/last.pt"))), None)
-        if saved:
-            checkpoint = utils.load_checkpoint(saved)
-            stored = {**checkpoint["recipe"], "threads": checkpoint.get("training", {}).get("threads", args.threads)}
-            if saved.parent != args.out:
-                del stored["seed"]
-            parser.set_defaults(**{name: value for name, value in stored.items() if name in {*names, "threads"}})
-            args = parser.parse_args(argv)
-            for name, value in stored.items():
-                if getattr(args, name, value) != value:
-                    parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: {saved} was made with {value}, "
-                                 "and --resume keeps it")  # fmt: skip
+    if args.resume and (saved := first_checkpoint(args.out)):
+        stored = saved_recipe(saved, {name: parser.get_default(name) for name in [*names, "threads"]})
+        if saved.parent != args.out:  # one of several runs
+            stored.pop("seed", None)
+        parser.set_defaults(**stored)
+        args = parser.parse_args(argv)
+        for name, value in stored.items():
+            if getattr(args, name) != value:
+                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+                parser.error(f"{flag}: {saved} was made with {value}, and --resume keeps it")
     args.recipe = {name: getattr(args, name) for name in names}
     return args
+
+
+def first_checkpoint(out: Path) -> Path | None:
+    """last.pt of the run in `out`, or of the first of several runs or folds there; None if there is none."""
+    return next(iter([*out.glob("last.pt"), *sorted(out.glob("*/last.pt"))]), None)
+
+
+def saved_recipe(path: Path, defaults: dict[str, Any]) -> dict[str, Any]:
+    """What the checkpoint at `path` says of the hyperparameters in `defaults`; UserError if it is damaged."""
+    checkpoint = utils.load_checkpoint(path)
+    threads = checkpoint["training"].get("threads") if isinstance(checkpoint.get("training"), dict) else None
+    stored = {**checkpoint["recipe"], "threads": threads}
+    stored = {name: stored.get(name) for name in defaults}
+    if any(type(stored[name]) is not type(value) for name, value in defaults.items()):
+        raise UserError(f"{path} cannot be resumed: its recipe is damaged, or of another version of train.py")
+    return stored
 
 
 class Step:
@@ -387,11 +400,15 @@ def train(recipe: dict[str, Any], train: Split, val: Split | None, out: Path, de
 
 def restore(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
     """Take up the run of `checkpoint`; UserError if its state is not whole."""
+    utils.build_model(checkpoint, path)
     try:
         trainer.restore(checkpoint["training"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be resumed ({type(error).__name__}: {error})".splitlines()[0]) from error
-    torch.set_num_threads(checkpoint["training"]["threads"])
+        torch.set_num_threads(checkpoint["training"]["threads"])
+        sound = all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be resumed: its training state is damaged ({type(error).__name__})") from error
+    if not sound or len(trainer.history) != checkpoint["epoch"]:
+        raise UserError(f"{path} cannot be resumed: its training state is damaged")
 
 
 def run_once(args: argparse.Namespace, recipe: dict[str, Any], out: Path, device: torch.device) -> dict[str, Any]:

@@ -39,7 +39,13 @@ MNIST_FILES = {
     "t10k-labels-idx1-ubyte": ("27ae3e4e09519cfbb04c329615203637", 1),
 }
 DOWNLOAD_TIMEOUT = 10  # seconds for a mirror to answer
+MAX_WIDTH = 64
+MAX_IMAGES = 1_000_000
 MAX_CHECKPOINT_BYTES = 512 * 2**20
+# What every checkpoint holds.
+CONTENTS = {
+    "architecture": dict, "model": dict, "recipe": dict, "seed": int, "epoch": int, "metrics": dict, "versions": dict,
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,7 +200,7 @@ def _parse_idx_header(header: bytes, dims: int, path: Path) -> list[int]:
     magic, *sizes = struct.unpack(f">{1 + dims}I", header[: 4 + 4 * dims])
     if magic != 0x0800 + dims:
         raise UserError(f"{path} is not an MNIST file: magic number {magic}, expected {0x0800 + dims}; {mend}")
-    if sizes[0] == 0 or any(size != IMAGE_SIZE for size in sizes[1:]):
+    if not 0 < sizes[0] <= MAX_IMAGES or any(size != IMAGE_SIZE for size in sizes[1:]):
         raise UserError(f"{path} declares {' x '.join(map(str, sizes))}, expected N{' x 28 x 28' * (dims == 3)}; {mend}")
     return sizes
 
@@ -509,8 +515,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is refused: it holds more than plain data and could run code when loaded") from error
     except Exception as error:  # a damaged archive makes torch raise nearly anything
         raise UserError(f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})") from error
-    keys = {"architecture", "model", "recipe", "seed", "epoch", "metrics", "versions"}
-    if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or any(type(checkpoint.get(key)) is not kind for key, kind in CONTENTS.items()):
         raise UserError(f"{path} is not a checkpoint of train.py")
     return checkpoint
 
@@ -523,17 +528,20 @@ def _check_archive(path: Path) -> None:
             raise UserError(f"{path} is too large for a checkpoint of train.py: {size:,} bytes")
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
+            if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > size for m in members):
+                raise UserError(f"{path} is damaged or not a checkpoint of train.py (compressed or oversized entries)")
+            damaged = archive.testzip()  # PyTorch writes checksums and does not check them
+            if damaged:
+                raise UserError(f"{path} is damaged: the checksum of its part {damaged!r} is wrong")
     except FileNotFoundError as error:
         raise UserError(
             f"no checkpoint at {path}: make one with `python train.py`, "
             "or use the released one with `--checkpoint assets/mnist_cnn.pt`"
         ) from error
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
-        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({error})") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > size for m in members):
-        raise UserError(f"{path} is damaged or not a checkpoint of train.py (compressed or oversized entries)")
+    except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, struct.error) as error:
+        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})") from error
 
 
 def load_model(path: Path, device: torch.device) -> tuple[Net, dict[str, Any]]:
@@ -546,9 +554,12 @@ def build_model(checkpoint: dict[str, Any], path: Path) -> Net:
     """Net with the checkpoint's architecture and weights; UserError where the two do not fit or are not finite."""
     architecture, weights = checkpoint["architecture"], checkpoint["model"]
     try:
-        if not 1 <= architecture["width"] <= 64:
-            raise ValueError(f"width {architecture['width']}")
+        if not 1 <= architecture["width"] <= MAX_WIDTH:
+            raise ValueError("width")
         model = Net(**architecture)
+        kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
+        if {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()} != kinds:
+            raise ValueError("weights")
         model.load_state_dict(weights)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} holds another architecture than this model.py ({type(error).__name__})") from error

@@ -205,7 +205,7 @@ def show_image(axis: Axes, image: Any, low: float = 0, high: float = 255, cmap: 
     axis.set_axis_on()
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set(visible=True, color="0.8", linewidth=0.6)
-    axis.imshow(image, cmap=cmap, vmin=low, vmax=high)
+    axis.imshow(np.asarray(image), cmap=cmap, vmin=low, vmax=high)
 
 
 def caption(axis: Axes, left: str, right: str) -> None:
@@ -244,7 +244,7 @@ def plot_confusion(reading: Reading) -> Figure:
     worst = f", most often {true} as {read_as} ({most} time{'s' * (most > 1)})" if most else ""
 
     figure, axis = chart((6.9, 7.2), reading.summary() + worst)
-    axis.imshow(np.ma.masked_equal(wrong, 0), cmap="Blues", vmin=0, vmax=max(most, 1))
+    axis.imshow(np.ma.masked_equal(wrong.numpy(), 0), cmap="Blues", vmin=0, vmax=max(most, 1))
     for row, column in np.ndindex(10, 10):
         count = int(counts[row, column])
         if row == column:
@@ -322,7 +322,7 @@ def plot_explanations(model: nn.Module, reading: Reading, device: torch.device) 
         caption(panels[0], f"{pair[0]} → {pair[1]}", f"{reading.confidence[i]:.1%}")
         for axis, heat, name in zip(panels[1:], heats, [f"{method}: {digit}" for method in methods for digit in pair]):
             show_image(axis, heat, 0, 1, "cividis")
-            contour = axis.contour(image, levels=[100], colors="white", linewidths=0.9)
+            contour = axis.contour(image.numpy(), levels=[100], colors="white", linewidths=0.9)
             contour.set_path_effects([withStroke(linewidth=2, foreground="0.2")])  # seen on dark and on bright ground
             axis.set_title(name, loc="left", color=MUTED)
     return figure
@@ -369,8 +369,8 @@ def plot_embedding(model: nn.Module, reading: Reading, split: Split) -> Figure:
     figure, axis = chart((8, 7), title)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # no digit lies on top of others
     colors = DIGIT_COLORS[labels.numpy()]
-    axis.scatter(*points[order].t(), s=5, c=colors[order.numpy()], linewidths=0, alpha=0.6)
-    axis.scatter(*points[mistakes].t(), s=34, c=colors[mistakes.numpy()], edgecolors="black", linewidths=1.1)
+    axis.scatter(*points[order].numpy().T, s=5, c=colors[order.numpy()], linewidths=0, alpha=0.6)
+    axis.scatter(*points[mistakes].numpy().T, s=34, c=colors[mistakes.numpy()], edgecolors="black", linewidths=1.1)
     axis.set_aspect("equal", adjustable="datalim")
     axis.set_xlabel(f"first principal component ({shares[0]:.0%} of the variance)")
     axis.set_ylabel(f"second principal component ({shares[1]:.0%} of the variance)")
@@ -378,7 +378,7 @@ def plot_embedding(model: nn.Module, reading: Reading, split: Split) -> Figure:
     digits = labels.unique().tolist()
     centres = torch.stack([points[labels == digit].median(0).values for digit in digits])
     extent = float((points.amax(0) - points.amin(0)).max())
-    for digit, centre in zip(digits, spread(centres, 0.06 * extent)):
+    for digit, centre in zip(digits, spread(centres, 0.06 * extent).tolist()):
         axis.text(
             *centre, str(digit), ha="center", va="center", fontsize=11, fontweight="bold", color="white",
             path_effects=[withStroke(linewidth=2, foreground="0.1")],
@@ -403,7 +403,7 @@ def plot_images(names: list[str], originals: list[Image.Image], digits: Tensor, 
         show_image(middle, digit)
         best = int(p.argmax())
         right.set_axis_on()
-        right.bar(range(10), p, color=[ACCENT if k == best else "0.7" for k in range(10)], width=0.75)
+        right.bar(range(10), p.numpy(), color=[ACCENT if k == best else "0.7" for k in range(10)], width=0.75)
         right.set(xticks=range(10), yticks=[0, 1], ylim=(0, 1), xlim=(-0.6, 9.6))
         right.tick_params(length=0, labelsize=8)
         caption(right, f"reads {best}", f"{p[best]:.1%}")

@@ -1,0 +1,319 @@
+"""Nothing lost, nothing let in: kills, full disks, two trainings at once, damaged and hostile files.
+
+Fast versions run always; `pytest --full` runs the long ones.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import utils
+from conftest import ROOT, assert_refused
+from test_scripts import SLOW, Evil, assert_same_bits, start_training, wait_for
+from utils import UserError
+
+CPU = torch.device("cpu")
+
+
+# --- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+def test_kill_at_random_moments_then_resume(run, data_dir: Path, tmp_path: Path, full: bool) -> None:
+    """Wherever kill -9 strikes, last.pt is whole or absent, and --resume ends in the same bits."""
+    flags = ("--epochs", 3, "--batch-size", 16, "--dropout-until", 0.5)
+    start = time.monotonic()
+    run("train.py", *flags, "--out", tmp_path / "whole")
+    duration = time.monotonic() - start
+    rng, out, killed = random.Random(0), tmp_path / "killed", 0
+    for _ in range(50 if full else 2):
+        shutil.rmtree(out, ignore_errors=True)
+        while True:  # each attempt resumes the one before and is killed in its turn, until one is left in peace
+            process = start_training(data_dir, *flags, "--resume", "--out", out)
+            try:
+                process.wait(rng.uniform(0.5, 1.1) * duration)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                killed += 1
+            _, errors = process.communicate()
+            assert process.returncode in (0, -signal.SIGKILL), errors
+            if (out / "last.pt").exists():
+                utils.load_model(out / "last.pt", CPU)
+            if process.returncode == 0:
+                break
+        assert_same_bits(tmp_path / "whole" / "model.pt", out / "model.pt")
+        assert sorted(p.name for p in out.iterdir()) == ["history.json", "last.pt", "model.pt"]
+    assert killed > 0
+
+
+def test_kill_while_a_file_is_written(tmp_path: Path) -> None:
+    """What the killed process had begun is not what is read, and the next write takes its place."""
+    target = tmp_path / "model.pt"
+    utils.save_checkpoint(target, {"good": 1})
+    program = (
+        "import os, signal, sys, utils\nfrom pathlib import Path\n"
+        "with utils.replacing(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_bytes(b'half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(target)], cwd=ROOT).returncode == -signal.SIGKILL
+    assert torch.load(target, weights_only=True) == {"good": 1}
+    assert len(list(tmp_path.iterdir())) == 2
+    utils.save_checkpoint(target, {"good": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+# --- places that cannot be written -----------------------------------------------------------------------------------
+
+
+def test_full_disk_keeps_the_checkpoint(data_dir: Path, trained: Path, tmp_path: Path) -> None:
+    """A file-size limit breaks the write half way, as a full disk does."""
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    done = subprocess.run(
+        [sys.executable, "train.py", "--epochs", "1", "--out", str(out)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "MNIST_DATA_DIR": str(data_dir)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "cannot write" in done.stderr.splitlines()[-1] and "last.pt" in done.stderr.splitlines()[-1]
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_out_that_cannot_be_a_folder(run, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert_refused(run("train.py", "--epochs", 1, "--out", out, status=2), "cannot write", out)
+    place = tmp_path / "file" / "r.json"
+    done = run("test_model.py", "--checkpoint", trained / "model.pt", "--json", place, status=2)
+    assert "cannot write" in done.stderr and str(place) in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_out(run, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    out.chmod(0o500)
+    try:
+        done = run("train.py", "--epochs", 1, "--out", out, status=2)
+        assert "cannot write" in done.stderr
+        utils.load_model(out / "model.pt", CPU)
+    finally:
+        out.chmod(0o700)
+
+
+def test_vanished_data_folder(run, trained: Path, tmp_path: Path) -> None:
+    offline = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    flags = ("--checkpoint", trained / "model.pt", "--data-dir", tmp_path / "gone")
+    done = run("test_model.py", *flags, env=offline, status=2)
+    assert "missing train-images-idx3-ubyte" in done.stderr.splitlines()[-1]
+
+
+def test_second_training_into_one_folder_is_refused(run, data_dir: Path, tmp_path: Path) -> None:
+    first = start_training(data_dir, *SLOW, "--out", tmp_path)
+    wait_for(tmp_path / "last.pt", first)
+    refused = run("train.py", "--epochs", 1, "--out", tmp_path, status=2)
+    assert_refused(refused, "another training writes to", tmp_path)
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode == 0, errors
+    assert utils.load_checkpoint(tmp_path / "model.pt")["epoch"] == 3
+
+
+# --- damaged and hostile checkpoints ---------------------------------------------------------------------------------
+
+
+class Huge:
+    """A tensor whose pickle declares a terabyte over a few bytes of storage."""
+
+    def __reduce__(self):
+        storage = torch.zeros(4).untyped_storage()
+        typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
+        return (torch._utils._rebuild_tensor_v2, (typed, 0, (2**38,), (1,), False, {}))
+
+
+def hostile(good: dict[str, Any], rng: random.Random, trap: Path) -> dict[str, Any]:
+    """The contents of a checkpoint with one thing wrong, as somebody might craft it."""
+    weights = dict(good["model"])
+    name = rng.choice([n for n in weights if weights[n].is_floating_point()])
+    bad = {**good, "model": weights}
+    kind = rng.randrange(9)
+    if kind == 0:
+        weights[name] = torch.full_like(weights[name], rng.choice([float("nan"), float("inf")]))
+    elif kind == 1:
+        weights[name] = torch.zeros(rng.randrange(1, 9), 17)
+    elif kind == 2:
+        weights[name] = weights[name].to(rng.choice([torch.float64, torch.int32, torch.complex64]))
+    elif kind == 3:
+        weights[name] = rng.choice([None, "text", [1.0], {}])
+    elif kind == 4:
+        del weights[name]
+    elif kind == 5:
+        bad[rng.choice(list(utils.CONTENTS))] = rng.choice([None, 1.5, "text", [3]])
+    elif kind == 6:
+        bad["architecture"] = rng.choice([{}, {"width": 10**9}, {"width": "1"}, {"depth": 3}, {"width": -1}])
+    elif kind == 7:
+        weights[name] = Huge()
+    else:
+        bad["metrics"] = {"x": Evil(trap)}
+    return bad
+
+
+def corrupt(data: bytes, rng: random.Random) -> bytes:
+    """`data` with bits flipped, cut short, with a stretch overwritten, or with something before it."""
+    kind, changed = rng.randrange(4), bytearray(data)
+    if kind == 0:
+        for _ in range(rng.choice([1, 1, 8, 64])):
+            changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del changed[rng.randrange(len(changed)) :]
+    elif kind == 2:
+        at = rng.randrange(len(changed))
+        changed[at : at + 400] = rng.randbytes(min(400, len(changed) - at))
+    else:
+        changed = bytearray(rng.randbytes(rng.randrange(1, 5000))) + changed
+    return bytes(changed)
+
+
+def same_contents(a: Any, b: Any) -> bool:
+    """Equality of checkpoints, tensors by their bits."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_contents(a[k], b[k]) for k in a)
+    return a == b
+
+
+def test_corrupted_checkpoints(trained: Path, tmp_path: Path, full: bool) -> None:
+    """Each is refused in one line, fast and in bounded memory, or it is whole: a bit flipped in padding says nothing."""
+    source, path, trap = trained / "model.pt", tmp_path / "bad.pt", tmp_path / "trap"
+    good, data, rng = utils.load_checkpoint(source), source.read_bytes(), random.Random(0)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refusals = 0
+    for i in range(1000 if full else 150):
+        crafted = i % 3 == 0
+        if crafted:
+            torch.save(hostile(good, rng, trap), path)
+        else:
+            path.write_bytes(corrupt(data, rng))
+        start = time.monotonic()
+        try:
+            _, checkpoint = utils.load_model(path, CPU)
+        except UserError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+            refusals += 1
+        else:
+            assert not crafted and same_contents(checkpoint, good), i
+        assert time.monotonic() - start < 5
+    assert refusals > 0.8 * (i + 1)
+    assert not trap.exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300_000  # kilobytes
+
+
+def test_zip_bomb_and_endless_entries(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(200 * 2**20))
+    assert path.stat().st_size < 2**20
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="compressed or oversized"):
+        utils.load_checkpoint(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50_000
+
+
+def test_damaged_training_state_is_not_resumed(run, trained: Path, tmp_path: Path) -> None:
+    checkpoint = utils.load_checkpoint(trained / "last.pt")
+    training = checkpoint["training"]
+    broken: list[dict[str, Any]] = [
+        {**training, "weights": {**training["weights"], "fc2.bias": torch.full((10,), float("nan"))}},
+        {**training, "optimizer": {}},
+        {**training, "history": []},
+    ]
+    for state in broken:
+        torch.save({**checkpoint, "training": state}, tmp_path / "last.pt")
+        before = (tmp_path / "last.pt").read_bytes()
+        done = run("train.py", "--resume", "--out", tmp_path, status=2)
+        assert "cannot be resumed" in done.stderr.splitlines()[-1]
+        assert (tmp_path / "last.pt").read_bytes() == before
+
+
+# --- damaged IDX files -----------------------------------------------------------------------------------------------
+
+
+def break_idx(data: bytes, dims: int, rng: random.Random) -> bytes:
+    """An IDX file that contradicts the format: a header field, its length, or nothing like it at all."""
+    changed, kind = bytearray(data), rng.randrange(4)
+    if kind == 0:
+        at = rng.randrange(4 + 4 * dims)
+        changed[at] ^= rng.randrange(1, 256)
+    elif kind == 1:
+        del changed[rng.randrange(len(changed)) :]
+    elif kind == 2:
+        changed += rng.randbytes(rng.randrange(1, 1000))
+    else:
+        changed = bytearray(rng.randbytes(rng.randrange(0, 3000)))
+    return bytes(changed)
+
+
+def test_corrupted_data_files(data_dir: Path, tmp_path: Path, full: bool) -> None:
+    shutil.copytree(data_dir / "MNIST", tmp_path / "MNIST")
+    raw, rng = tmp_path / "MNIST" / "raw", random.Random(0)
+    original = {name: (raw / name).read_bytes() for name in utils.MNIST_FILES}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(1000 if full else 150):
+        name = rng.choice(list(original))
+        data = break_idx(original[name], utils.MNIST_FILES[name][1], rng)
+        packed = rng.random() < 0.4
+        if packed:
+            data = gzip.compress(data, 1)
+            if rng.random() < 0.5:
+                data = corrupt(data, rng)
+            (raw / name).unlink()
+        (raw / (f"{name}.gz" if packed else name)).write_bytes(data)
+        start = time.monotonic()
+        with pytest.raises(UserError) as refused:
+            utils.prepare_mnist(tmp_path)
+        assert "\n" not in str(refused.value) and time.monotonic() - start < 5
+        (raw / f"{name}.gz").unlink(missing_ok=True)
+        (raw / name).write_bytes(original[name])
+        assert sorted(p.name for p in raw.iterdir()) == sorted(original)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300_000
+
+
+def test_gzip_bomb_stops_at_the_declared_size(data_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(data_dir / "MNIST", tmp_path / "MNIST")
+    name = "t10k-images-idx3-ubyte"
+    path = tmp_path / "MNIST" / "raw" / name
+    header = path.read_bytes()[:16]
+    path.unlink()
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=1) as file:
+        file.write(header + bytes(200 * 2**20))
+    path.with_name(f"{name}.gz").write_bytes(buffer.getvalue())
+    with pytest.raises(UserError, match="declares"):
+        utils.prepare_mnist(tmp_path)
+    assert not path.exists() and not list(path.parent.glob(".*"))
+
+
+# --- bits and threads ------------------------------------------------------------------------------------------------
+
+
+def test_resume_keeps_the_number_of_threads(run, tmp_path: Path) -> None:
+    """The bits depend on it, so the checkpoint carries it and --resume refuses another."""
+    run("train.py", "--epochs", 1, "--threads", 1, "--dropout-until", 0, "--out", tmp_path)
+    assert utils.load_checkpoint(tmp_path / "last.pt")["training"]["threads"] == 1
+    run("train.py", "--resume", "--out", tmp_path)
+    refused = run("train.py", "--resume", "--threads", 2, "--out", tmp_path, status=2)
+    assert "--threads 2" in refused.stderr
