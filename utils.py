@@ -62,6 +62,9 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.exit(main())
     except UserError as error:
         sys.exit(_fail(str(error)))
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # `python test_model.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -250,6 +253,9 @@ def _download(data_dir: Path, raw: Path, missing: list[str]) -> None:
     try:
         MNIST(str(data_dir), download=True)
     except (OSError, RuntimeError) as error:
+        for folder in (raw, raw.parent, data_dir):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
         raise UserError(
             f"no MNIST in {raw}: missing {', '.join(missing)} (or the same with .gz), and the download failed "
             f"({str(error).splitlines()[-1] if str(error) else type(error).__name__}); put the four files there, "
@@ -335,11 +341,10 @@ def affine_matrices(angle: Tensor, translate: Tensor, scale: Tensor, shear: Tens
 
 def _grid_basis(device: torch.device) -> Tensor:
     """(3 + K * K, 784): x, y and 1 of each pixel, then each elastic control point's bicubic bump, in half images."""
-    eye = torch.eye(2, 3, device=device).unsqueeze(0)
-    xy = F.affine_grid(eye, [1, 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False).view(-1, 2).t()
+    xy = F.affine_grid(torch.eye(2, 3).unsqueeze(0), [1, 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False).view(-1, 2).t()
     k = ELASTIC_GRID
-    bumps = F.interpolate(torch.eye(k * k, device=device).view(k * k, 1, k, k), IMAGE_SIZE, mode="bicubic")
-    return torch.cat([xy, torch.ones_like(xy[:1]), bumps.view(k * k, -1) * 2 / IMAGE_SIZE])
+    bumps = F.interpolate(torch.eye(k * k).view(k * k, 1, k, k), IMAGE_SIZE, mode="bicubic")
+    return torch.cat([xy, torch.ones_like(xy[:1]), bumps.view(k * k, -1) * 2 / IMAGE_SIZE]).to(device)
 
 
 def warp(images: Tensor, matrices: Tensor, displacements: Tensor | None = None, basis: Tensor | None = None) -> Tensor:
@@ -402,7 +407,7 @@ def predict(model: torch.nn.Module, split: Split, batch_size: int = 500) -> Tens
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Percentage of rows of `logits` (N, 10) whose largest entry is at `labels` (N,)."""
-    return 100 * (logits.argmax(1) == labels).double().mean().item()
+    return 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -362,6 +362,7 @@ def test_no_data_no_network(run, tmp_path: Path) -> None:
     message = done.stderr.splitlines()[-1]
     for word in (tmp_path / "MNIST" / "raw", *MNIST_FILES, "--data-dir", "MNIST_DATA_DIR"):
         assert str(word) in message
+    assert not (tmp_path / "MNIST").exists()
 
 
 @pytest.fixture
