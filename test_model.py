@@ -21,14 +21,16 @@ from utils import Split, UserError
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Test accuracy of a checkpoint, or the digits it reads in your images.")
+    parser = argparse.ArgumentParser(
+        description="Test accuracy of a checkpoint, or the digits it reads in your images."
+    )
     utils.add_common_flags(parser)
     utils.add_checkpoint_flag(parser)
     add = parser.add_argument
     add("--json", metavar="PATH", help="also write the results as JSON; - writes them, and nothing else, to stdout")
     add("--tta", action="store_true", help="also report test-time augmentation: logits averaged over shifts and turns")
     add("--images", type=Path, nargs="+", metavar="PATH",
-        help="read these images, or folders of images, of one handwritten digit each instead of the test set")  # fmt: skip
+        help="read these images, or folders of images, one handwritten digit each, instead of the test set")  # fmt: skip
     add("--export", type=Path, metavar="FILE", help="write the network as ONNX to FILE instead")
     return parser.parse_args()
 
@@ -103,17 +105,17 @@ def print_report(path: Path, results: dict[str, Any]) -> None:
         print(f"{digit:3d}" + "".join(f"{count or '.':>6}" for count in row))
 
 
-def read_images(model: Net, paths: list[Path], device: torch.device, quiet: bool) -> tuple[dict[str, Any], int]:
+def read_images(model: Net, paths: list[Path], quiet: bool) -> tuple[dict[str, Any], int]:
     """Classify images one by one, printing a line each unless `quiet`; returns the results and the exit status."""
     results, status = [], 0
     for path in utils.find_images(paths):
         try:
-            digit_image = utils.read_digit(path)[1]
+            _, image = utils.read_digit(path)
         except UserError as error:
             utils.warn(str(error))
             status = 1
             continue
-        probabilities = classify(model, digit_image, device)
+        probabilities = utils.classify(model, image.unsqueeze(0))[0]
         digit = int(probabilities.argmax())
         entry = {"path": str(path), "digit": digit, "confidence": probabilities[digit].item(),
                  "probabilities": probabilities.tolist()}  # fmt: skip
@@ -129,13 +131,6 @@ def read_images(model: Net, paths: list[Path], device: torch.device, quiet: bool
         if not quiet:
             print(f"Accuracy: {report['accuracy']:.2f}% ({sum(labelled)} of {len(labelled)})")
     return report, status
-
-
-def classify(model: Net, image: Tensor, device: torch.device) -> Tensor:
-    """Probabilities (10,) of one prepared uint8 image (28, 28)."""
-    blank_label = torch.zeros(1, dtype=torch.long)
-    split = Split(image.view(1, 1, 28, 28).to(device), blank_label.to(device))
-    return utils.predict(model, split)[0].softmax(0).cpu()
 
 
 def export_onnx(model: Net, path: Path) -> str:
@@ -182,7 +177,7 @@ def main() -> int:
         return 0
     status, to_stdout = 0, args.json == "-"
     if args.images:
-        results, status = read_images(model, args.images, device, quiet=to_stdout)
+        results, status = read_images(model, args.images, quiet=to_stdout)
     else:
         results = measure(model, utils.load_mnist(args.data_dir, train=False, device=device), args.tta)
         if not to_stdout:

@@ -7,14 +7,14 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import utils
@@ -57,8 +57,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--translate", type=fraction, default=0.08, help="fraction of the side, either way (default: %(default)s)")
     add("--shear", type=in_range(float, 0, 60), default=10.0, help="degrees, either way (default: %(default)s)")
     add("--elastic", type=in_range(float, 0, 10), default=0.0,
-        help="elastic distortion: standard deviation in pixels of a coarse grid's points (default: %(default)s)")  # fmt: skip
-    add("--width", type=in_range(int, 1, utils.MAX_WIDTH), default=1, help="times as many channels: a teacher (default: 1)")
+        help="elastic distortion: standard deviation, in pixels, of a coarse grid's points "
+        "(default: %(default)s)")  # fmt: skip
+    add(
+        "--width",
+        type=in_range(int, 1, utils.MAX_WIDTH),
+        default=1,
+        help="times as many channels: a teacher (default: 1)",
+    )
     add("--activation", choices=tuple(ACTIVATIONS), default="silu", help="(default: %(default)s)")
     add("--adaptive-pool", choices=tuple(ADAPTIVE_POOLS), default="max", help="(default: %(default)s)")
     add("--teacher", type=str, nargs="+", default=[], metavar="PATH",
@@ -125,7 +131,9 @@ class Step:
 
     WARMUP = 3  # steps before a capture, in which libraries choose their kernels
 
-    def __init__(self, model: Net, optimizer: torch.optim.Optimizer, loss_fn: Callable, steps: int, graph: bool) -> None:
+    def __init__(
+        self, model: Net, optimizer: torch.optim.Optimizer, loss_fn: Callable, steps: int, graph: bool
+    ) -> None:
         self.model, self.optimizer, self.loss_fn, self.use_graph = model, optimizer, loss_fn, graph
         device = next(model.parameters()).device
         self.losses = torch.zeros(steps, device=device)
@@ -147,9 +155,7 @@ class Step:
         if not self.use_graph or self.done <= self.WARMUP:
             self._on_side_stream(x, y) if self.use_graph else self._step(x, y)
             return
-        if self.graph is None and not self._capture(x, y):
-            self._step(x, y)
-        elif x.shape != self.x.shape:  # the last, smaller batch
+        if (self.graph is None and not self._capture(x, y)) or x.shape != self.x.shape:
             self._step(x, y)
         else:
             self.x.copy_(x)
@@ -416,7 +422,9 @@ def run_once(args: argparse.Namespace, recipe: dict[str, Any], out: Path, device
     train_split, val = utils.load_mnist(args.data_dir, train=True, device=device), None
     if recipe["val_size"]:
         if recipe["val_size"] >= len(train_split.labels):
-            raise UserError(f"--val-size {recipe['val_size']} leaves none of {len(train_split.labels)} images to train on")
+            raise UserError(
+                f"--val-size {recipe['val_size']} leaves none of {len(train_split.labels)} images to train on"
+            )
         train_split, val = utils.hold_out(train_split, recipe["val_size"], VAL_SPLIT_SEED)
     test = utils.load_mnist(args.data_dir, train=False, device=device)
     if args.dry_run:
@@ -489,10 +497,12 @@ def cross_validate(args: argparse.Namespace, device: torch.device) -> None:
             parts = tuple(shorten(part, args.recipe) for part in parts)
         recipe = {**args.recipe, "folds": args.folds, "fold": k + 1}
         _, history = train(recipe, *parts, args.out / f"fold-{k + 1}", device, args)
-        entries.append({"fold": k + 1, "train_size": len(parts[0].labels), "val_size": len(parts[1].labels), **history[-1]})
+        entries.append(
+            {"fold": k + 1, "train_size": len(parts[0].labels), "val_size": len(parts[1].labels), **history[-1]}
+        )
     result = summary([entry["val_accuracy"] for entry in entries])
-    utils.write_json(args.out / "cross_validation.json",
-                     {"recipe": args.recipe, "versions": utils.versions(), "folds": entries, "val_accuracy": result})  # fmt: skip
+    report = {"recipe": args.recipe, "versions": utils.versions(), "folds": entries, "val_accuracy": result}
+    utils.write_json(args.out / "cross_validation.json", report)
     print("\nFold  Validation accuracy")
     for entry in entries:
         print(f"{entry['fold']:4d}  {entry['val_accuracy']:7.2f}%")

@@ -15,9 +15,10 @@ import socket
 import struct
 import sys
 import zipfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -204,7 +205,9 @@ def _parse_idx_header(header: bytes, dims: int, path: Path) -> list[int]:
     if magic != 0x0800 + dims:
         raise UserError(f"{path} is not an MNIST file: magic number {magic}, expected {0x0800 + dims}; {mend}")
     if not 0 < sizes[0] <= MAX_IMAGES or any(size != IMAGE_SIZE for size in sizes[1:]):
-        raise UserError(f"{path} declares {' x '.join(map(str, sizes))}, expected N{' x 28 x 28' * (dims == 3)}; {mend}")
+        raise UserError(
+            f"{path} declares {' x '.join(map(str, sizes))}, expected N{' x 28 x 28' * (dims == 3)}; {mend}"
+        )
     return sizes
 
 
@@ -223,7 +226,9 @@ def _check_idx(path: Path) -> int:
         if dims == 1:
             largest = max(file.read())
             if largest > 9:
-                raise UserError(f"{path} has a label {largest}, digits are 0 to 9; delete it and run again to download it")
+                raise UserError(
+                    f"{path} has a label {largest}, digits are 0 to 9; delete it and run again to download it"
+                )
     return sizes[0]
 
 
@@ -341,7 +346,9 @@ def affine_matrices(angle: Tensor, translate: Tensor, scale: Tensor, shear: Tens
 
 def _grid_basis(device: torch.device) -> Tensor:
     """(3 + K * K, 784): x, y and 1 of each pixel, then each elastic control point's bicubic bump, in half images."""
-    xy = F.affine_grid(torch.eye(2, 3).unsqueeze(0), [1, 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False).view(-1, 2).t()
+    xy = (
+        F.affine_grid(torch.eye(2, 3).unsqueeze(0), [1, 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False).view(-1, 2).t()
+    )
     k = ELASTIC_GRID
     bumps = F.interpolate(torch.eye(k * k).view(k * k, 1, k, k), IMAGE_SIZE, mode="bicubic")
     return torch.cat([xy, torch.ones_like(xy[:1]), bumps.view(k * k, -1) * 2 / IMAGE_SIZE]).to(device)
@@ -403,6 +410,13 @@ def predict(model: torch.nn.Module, split: Split, batch_size: int = 500) -> Tens
     logits = torch.cat([model(x) for x, _ in Loader(split, batch_size)])
     model.train(was_training)
     return logits
+
+
+def classify(model: torch.nn.Module, digits: Tensor) -> Tensor:
+    """Probabilities float (N, 10), on the CPU, of prepared digits uint8 (N, 28, 28)."""
+    device = next(model.parameters()).device
+    no_labels = torch.zeros(len(digits), dtype=torch.long, device=device)
+    return predict(model, Split(digits.unsqueeze(1).to(device), no_labels)).softmax(1).cpu()
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -42,9 +43,9 @@ DIGIT_COLORS = np.array(["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Draw what the network misreads, how it learned and why it errs.")
-    add = parser.add_argument
-    add("--checkpoint", type=Path, default=Path("checkpoints/model.pt"), metavar="PATH", help="(default: %(default)s)")
     utils.add_common_flags(parser)
+    utils.add_checkpoint_flag(parser)
+    add = parser.add_argument
     add("--out", type=Path, default=Path("plots"), metavar="DIR", help="(default: %(default)s)")
     add("--max", type=in_range(int, 1, 500), default=50, metavar="N",
         help="mistakes or images to show at most (default: %(default)s)")  # fmt: skip
@@ -444,7 +445,7 @@ def draw_errors(args: argparse.Namespace, model: nn.Module, device: torch.device
     return 0
 
 
-def draw_images(args: argparse.Namespace, model: nn.Module, device: torch.device, keep: bool) -> int:
+def draw_images(args: argparse.Namespace, model: nn.Module, keep: bool) -> int:
     """The picture of the user's own images; status 1 if one of them cannot be read."""
     paths = utils.find_images(args.images)
     if len(paths) > args.max:
@@ -462,8 +463,7 @@ def draw_images(args: argparse.Namespace, model: nn.Module, device: torch.device
         digits.append(digit)
     if digits:
         prepared = torch.stack(digits)
-        split = Split(prepared.unsqueeze(1).to(device), torch.zeros(len(prepared), dtype=torch.long, device=device))
-        probabilities = utils.predict(model, split).softmax(1).cpu()
+        probabilities = utils.classify(model, prepared)
         save(plot_images(names, originals, prepared, probabilities), args.out / "images.png", keep)
     return 0 if len(digits) == len(paths[: args.max]) else 1
 
@@ -487,7 +487,7 @@ def main() -> int:
         matplotlib.use("Agg")
     model, _ = utils.load_model(args.checkpoint, device)
     with plt.style.context(["default", STYLE]):
-        status = (draw_images if args.images else draw_errors)(args, model, device, windows)
+        status = draw_images(args, model, windows) if args.images else draw_errors(args, model, device, windows)
         if windows:
             plt.show()
     return status

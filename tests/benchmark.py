@@ -45,7 +45,11 @@ def plain_network() -> nn.Sequential:
     """The seed's network as it is usually written."""
 
     def block(c_in: int, c_out: int, kernel: int, p: float, pool: bool) -> list[nn.Module]:
-        layers: list[nn.Module] = [nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2), nn.BatchNorm2d(c_out), nn.ReLU()]
+        layers: list[nn.Module] = [
+            nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2),
+            nn.BatchNorm2d(c_out),
+            nn.ReLU(),
+        ]
         return [*layers, nn.MaxPool2d(2), nn.Dropout(p)] if pool else [*layers, nn.Dropout(p)]
 
     return nn.Sequential(
@@ -64,7 +68,9 @@ class Reference:
             transforms.ToTensor(), transforms.Normalize((utils.MEAN,), (utils.STD,)),
         ])  # fmt: skip
         dataset = MNIST(str(data_dir), train=True, transform=augment)
-        self.loader = DataLoader(dataset, batch_size=64, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda")
+        self.loader = DataLoader(
+            dataset, batch_size=64, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda"
+        )
         self.model = plain_network().to(device).train()
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.015, momentum=0.9, nesterov=True, weight_decay=1e-4)
         self.device, self.threads, self.batches = device, threads, images // 64
@@ -149,7 +155,9 @@ def machine(device: torch.device) -> str:
         cpuinfo = Path("/proc/cpuinfo")
         models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
         capability = torch.backends.cpu.get_cpu_capability()
-        name = f"{models[0].split(':')[1].strip() if models else 'CPU'}, {torch.get_num_threads()} threads, {capability}"
+        name = (
+            f"{models[0].split(':')[1].strip() if models else 'CPU'}, {torch.get_num_threads()} threads, {capability}"
+        )
     return f"{name}; torch {torch.__version__}"
 
 
@@ -189,8 +197,8 @@ def main() -> int:
     print("| training | images/s | s/epoch | × reference | × fastest reference | of the floor |")
     print("|---|---:|---:|---:|---:|---:|")
     for name, seconds in medians.items():
-        print(f"| {name} | {1 / seconds:,.0f} | {60_000 * seconds:.1f} | {base / seconds:.2f} | {fastest / seconds:.2f} "
-              f"| {100 * floor / seconds:.1f}% |")  # fmt: skip
+        ratios = f"{base / seconds:.2f} | {fastest / seconds:.2f} | {100 * floor / seconds:.1f}%"
+        print(f"| {name} | {1 / seconds:,.0f} | {60_000 * seconds:.1f} | {ratios} |")
     test = utils.load_mnist(args.data_dir, train=False, device=device)
     model = utils.place(Net(), device)
     evaluation = statistics.median(timed(lambda: utils.predict(model, test), device) for _ in range(args.repeats))

@@ -21,9 +21,10 @@ from typing import Any
 
 import pytest
 import torch
-import utils
 from conftest import ROOT, assert_refused
 from test_scripts import SLOW, Evil, assert_same_bits, start_training, wait_for
+
+import utils
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -197,7 +198,7 @@ def same_contents(a: Any, b: Any) -> bool:
 
 
 def test_corrupted_checkpoints(trained: Path, tmp_path: Path, full: bool) -> None:
-    """Each is refused in one line, fast and in bounded memory, or it is whole: a bit flipped in padding says nothing."""
+    """Each is refused in one line, fast and in bounded memory, or holds what it held: the bit flipped was padding."""
     source, path, trap = trained / "model.pt", tmp_path / "bad.pt", tmp_path / "trap"
     good, data, rng = utils.load_checkpoint(source), source.read_bytes(), random.Random(0)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

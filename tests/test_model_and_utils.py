@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
+
 import utils
 from model import ADAPTIVE_POOLS, BatchNormMaxPool, Block, Dropout, Net, count_parameters, layer_table
 from utils import Augmentation, Loader, Split

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-import utils
 from conftest import ROOT, assert_refused
+
+import utils
 from model import Net
 from utils import MNIST_FILES
 
