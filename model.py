@@ -171,10 +171,15 @@ class Net(nn.Module):
         self.fc2 = nn.Linear(72 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.block4(self.block3(self.block2(self.block1(x))))
+        for block in self.blocks():
+            x = block(x)
         x = self.pool(x).flatten(1)
         x = self.dropout(self.act(self.fc1(x)))
         return self.fc2(x)
+
+    def blocks(self) -> list[Block]:
+        """The four convolutional blocks."""
+        return [self.block1, self.block2, self.block3, self.block4]
 
     def scale_dropout(self, factor: float) -> None:
         """Set each dropout rate to `factor` (0 to 1) times the rate given to the constructor."""

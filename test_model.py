@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     add("--json", metavar="PATH", help="also write the results as JSON; - writes them, and nothing else, to stdout")
     add("--tta", action="store_true", help="also report test-time augmentation: logits averaged over shifts and turns")
     add("--images", type=Path, nargs="+", metavar="PATH",
-        help="read these images, or folders of images, one handwritten digit each, instead of the test set")  # fmt: skip
+        help="read these images, or folders of images, one handwritten digit each, not the test set")  # fmt: skip
     add("--export", type=Path, metavar="FILE", help="write the network as ONNX to FILE instead")
     return parser.parse_args()
 

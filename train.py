@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import utils
@@ -219,11 +221,19 @@ def make_loss(recipe: dict[str, Any], device: torch.device) -> Callable[[Tensor,
     smoothing = recipe["label_smoothing"]
     if not recipe["teacher"]:
         return partial(classification_loss, label_smoothing=smoothing)
-    teachers = [utils.load_model(Path(path), device)[0] for path in recipe["teacher"]]
+    teachers = [fold_norms(utils.load_model(Path(path), device)[0]) for path in recipe["teacher"]]
     return partial(
         distillation_loss, teachers=teachers, temperature=recipe["temperature"], weight=recipe["distill_weight"],
         label_smoothing=smoothing,
     )  # fmt: skip
+
+
+def fold_norms(model: Net) -> Net:
+    """`model`, in eval mode, with each normalisation folded into the convolution before it: the same, but faster."""
+    for block in model.blocks():
+        block.conv = fuse_conv_bn_eval(block.conv, block.norm)
+        block.norm = nn.Identity()
+    return model
 
 
 def dropout_factor(epoch: int, epochs: int, until: float) -> float:

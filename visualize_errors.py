@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 import utils
+from model import Net
 from utils import Split, UserError, in_range
 
 EXPLAINED = 8  # mistakes in explain.png
@@ -77,7 +78,7 @@ class Reading(NamedTuple):
         return f"{f'{wrong:,}' if wrong else 'None'} of {len(self.predicted):,} test digits misread"
 
 
-def read(model: nn.Module, split: Split) -> Reading:
+def read(model: Net, split: Split) -> Reading:
     """Run `model` over `split`."""
     confidence, predicted = utils.predict(model, split).softmax(1).cpu().max(1)
     return Reading(Split(split.images.cpu(), split.labels.cpu()), predicted, confidence)
@@ -112,13 +113,12 @@ def recording(*modules: nn.Module) -> Iterator[dict[nn.Module, list[Tensor]]]:
             hook.remove()
 
 
-def last_spatial_activation(model: nn.Module) -> nn.Module:
+def last_spatial_activation(model: Net) -> nn.Module:
     """The activation after the last 3x3 convolution: Grad-CAM weighs activated maps, whose zero means "not there"."""
-    blocks = [m for m in model.children() if isinstance(getattr(m, "conv", None), nn.Conv2d)]
-    return [block for block in blocks if block.conv.kernel_size == (3, 3)][-1].act
+    return [block for block in model.blocks() if block.conv.kernel_size == (3, 3)][-1].act
 
 
-def grad_cam(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
+def grad_cam(model: Net, x: Tensor, classes: Tensor) -> Tensor:
     """Where the last 3x3 convolution finds what speaks for `classes` (N,) in `x` (N, 1, 28, 28): (N, 28, 28), >= 0.
 
     Grad-CAM (Selvaraju et al., 2017): its feature maps, weighted by the mean gradient of the class's
@@ -133,7 +133,7 @@ def grad_cam(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
     return F.interpolate(cam.detach(), x.shape[2:], mode="bilinear", align_corners=False).squeeze(1)
 
 
-def smooth_grad(model: nn.Module, x: Tensor, classes: Tensor, samples: int = 100, noise: float = 0.2) -> Tensor:
+def smooth_grad(model: Net, x: Tensor, classes: Tensor, samples: int = 100, noise: float = 0.2) -> Tensor:
     """How strongly each pixel of `x` (N, 1, 28, 28) moves the logits of `classes` (N,): (N, 28, 28), >= 0.
 
     SmoothGrad (Smilkov et al., 2017): the gradient averaged over `samples` copies with Gaussian noise of
@@ -295,7 +295,7 @@ def plot_history(history: list[dict[str, float]]) -> Figure:
     return figure
 
 
-def plot_explanations(model: nn.Module, reading: Reading, device: torch.device) -> Figure:
+def plot_explanations(model: Net, reading: Reading, device: torch.device) -> Figure:
     """Grad-CAM and SmoothGrad of the most confident mistakes, for the true and for the predicted digit."""
     mistakes = reading.mistakes()
     shown, half = mistakes[:EXPLAINED], [1.05] * 5
@@ -329,10 +329,10 @@ def plot_explanations(model: nn.Module, reading: Reading, device: torch.device) 
     return figure
 
 
-def plot_filters(model: nn.Module, reading: Reading, device: torch.device) -> Figure:
+def plot_filters(model: Net, reading: Reading, device: torch.device) -> Figure:
     """The first layer's filters, and the output of each block for the first test digit."""
     image, label = reading.split.images[:1], reading.split.labels[0]
-    blocks = [model.block1, model.block2, model.block3, model.block4]
+    blocks = model.blocks()
     with torch.no_grad(), recording(*blocks) as outputs:
         model(utils.normalize(image.float() / 255).to(device))
     filters = model.block1.conv.weight.detach()[:, 0].cpu()
@@ -358,7 +358,7 @@ def plot_filters(model: nn.Module, reading: Reading, device: torch.device) -> Fi
     return figure
 
 
-def plot_embedding(model: nn.Module, reading: Reading, split: Split) -> Figure:
+def plot_embedding(model: Net, reading: Reading, split: Split) -> Figure:
     """The features before the last layer in two dimensions, coloured by digit."""
     with recording(model.act) as outputs:
         utils.predict(model, split)
@@ -425,7 +425,7 @@ def report(path: Path, text: str) -> None:
     print(f"{path!s:<{len(str(path.with_name('confusion_matrix.png')))}}  {text}", flush=True)
 
 
-def draw_errors(args: argparse.Namespace, model: nn.Module, device: torch.device, keep: bool) -> int:
+def draw_errors(args: argparse.Namespace, model: Net, device: torch.device, keep: bool) -> int:
     """The pictures of the test set, of the training and, with --explain, of the network's reasons."""
     history_path = args.checkpoint.with_name("history.json")
     history = read_history(history_path) if history_path.exists() else None
@@ -445,7 +445,7 @@ def draw_errors(args: argparse.Namespace, model: nn.Module, device: torch.device
     return 0
 
 
-def draw_images(args: argparse.Namespace, model: nn.Module, keep: bool) -> int:
+def draw_images(args: argparse.Namespace, model: Net, keep: bool) -> int:
     """The picture of the user's own images; status 1 if one of them cannot be read."""
     paths = utils.find_images(args.images)
     if len(paths) > args.max:

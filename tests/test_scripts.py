@@ -245,6 +245,16 @@ def test_distillation_loss_by_hand() -> None:
     assert loss.item() == pytest.approx((0.4 * hard + 0.6 * soft).item(), rel=1e-5)
 
 
+def test_folded_teacher_is_the_same_function(trained: Path) -> None:
+    from train import fold_norms
+
+    x = torch.randn(8, 1, 28, 28)
+    model, _ = utils.load_model(trained / "model.pt", torch.device("cpu"))
+    expected = model(x).detach()
+    torch.testing.assert_close(fold_norms(model)(x).detach(), expected, atol=1e-4, rtol=1e-4)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+
+
 def test_a_wide_network_trains_and_is_read_back(run, tmp_path: Path) -> None:
     run("train.py", "--width", 2, "--activation", "relu", "--adaptive-pool", "avg", "--dry-run")
     run("train.py", "--width", 2, "--activation", "relu", "--adaptive-pool", "avg", "--epochs", 1, "--out", tmp_path)
