@@ -14,6 +14,7 @@ import platform
 import socket
 import struct
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torchvision.datasets import MNIST
@@ -422,6 +424,312 @@ def classify(model: torch.nn.Module, digits: Tensor) -> Tensor:
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Percentage of rows of `logits` (N, 10) whose largest entry is at `labels` (N,)."""
     return 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Your own digits: photos and scans prepared as MNIST's images were (LeCun et al., 1998)
+
+DIGIT_SIZE = 20  # MNIST's digits fit into 20 x 20 of the 28 x 28 pixels
+STROKE_WIDTHS = 2.0, 3.6  # pixels; 90 % of MNIST's mean stroke widths lie from 1.6 to 3.6
+WORK_SIDE = 512  # larger photos are averaged down to this before the ink is looked for
+MIN_SIDE, MAX_PIXELS = 8, 64 * 2**20
+MIN_CONTRAST = 6  # of 255 grey levels: fainter marks are taken for paper
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Files of `paths` as given, whether they exist or not; folders by what they hold, at any depth, sorted.
+
+    In a folder, extensions that Pillow reads count, hidden files do not. UserError for a folder without any.
+    """
+    Image.init()
+    readable = {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        files = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in readable and file.is_file())
+        if not files:
+            raise UserError(f"no images in {path}")
+        found += files
+    return found
+
+
+def read_digit(path: Path) -> tuple[Image.Image, Tensor]:
+    """The image at `path`, RGB and at most 1024 pixels a side, and its digit prepared, uint8 (28, 28), ink 255 on 0.
+
+    Raises UserError, one line naming the file, for what cannot be read, is blank, too small or too large.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large and odd files; what matters is refused below
+            image = _open_image(path)
+        gray = np.asarray(image.convert("L"), np.float32)
+        digit = torch.from_numpy(prepare_digit(gray))
+        image.thumbnail((1024, 1024))
+    except Image.UnidentifiedImageError as error:
+        raise UserError(f"{path}: not an image that Pillow can read") from error
+    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path}: {reason}") from error
+    return image, digit
+
+
+def _open_image(path: Path) -> Image.Image:
+    """The first frame, upright and RGB, averaged down to about twice WORK_SIDE; ValueError for an unfit size."""
+    with Image.open(path) as image:
+        width, height = image.size
+        if min(width, height) < MIN_SIDE:
+            raise ValueError(f"{width} x {height} pixels are too few, {MIN_SIDE} a side are needed")
+        if not image.info.get("progressive"):  # which libjpeg unpacks whole in any case
+            image.draft(None, (2 * WORK_SIDE, 2 * WORK_SIDE))
+        if image.width * image.height > MAX_PIXELS or (image.info.get("progressive") and width * height > MAX_PIXELS):
+            raise ValueError(f"{width} x {height} pixels are too many")
+        image.load()
+        orientation = image.getexif().get(0x0112)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            image = _stretch(image)
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+        elif image.mode not in ("L", "RGB"):
+            image = image.convert("RGB")
+        image = image.reduce(max(1, max(image.size) // (2 * WORK_SIDE)))
+    if image.mode == "RGBA":
+        image = _on_backdrop(image)
+    if orientation in range(2, 9):
+        image.getexif()[0x0112] = orientation
+        image = ImageOps.exif_transpose(image)
+    return image.convert("RGB")
+
+
+def _stretch(image: Image.Image) -> Image.Image:
+    """16- or 32-bit grey to 8 bits, from its own darkest to its own lightest."""
+    values = np.asarray(image, np.float32)
+    low, high = values.min(), values.max()
+    if not np.isfinite([low, high]).all():
+        raise ValueError("has values that are not finite")
+    return Image.fromarray(((values - low) * (255 / max(high - low, 1))).astype(np.uint8))
+
+
+def _on_backdrop(image: Image.Image) -> Image.Image:
+    """RGBA laid on white, or on black where its visible part is itself light."""
+    gray, alpha = np.asarray(image.convert("L"), np.float32), np.asarray(image.getchannel("A"), np.float32)
+    light = (gray * alpha).sum() > 127 * alpha.sum()
+    backdrop = Image.new("RGBA", image.size, "black" if light else "white")
+    return Image.alpha_composite(backdrop, image)
+
+
+def prepare_digit(gray: np.ndarray) -> np.ndarray:
+    """Luminance (H, W), 0 to 255, any polarity -> uint8 (28, 28) as in MNIST, ink 255 on 0; ValueError if blank.
+
+    The longer side of the ink fits into 20 pixels, its centre of mass is at the centre (LeCun et al., 1998).
+    Strokes are first brought to a pen that MNIST has seen, so that a hairline survives the reduction.
+    """
+    gray = _shrink(_undo_enlargement(np.asarray(gray, np.float32)), WORK_SIDE)
+    if np.ptp(gray) < MIN_CONTRAST:
+        raise ValueError("blank, no ink found")
+    ink = np.pad(_find_ink(gray), 2)
+    factor = -(-4 * DIGIT_SIZE // max(ink.shape))
+    if factor > 1:  # thresholding a smooth enlargement gives smooth outlines
+        ink = _resize(ink, ink.shape[0] * factor, ink.shape[1] * factor, Image.BICUBIC)
+    ink = np.pad(np.clip(2 * ink - 0.4, 0, 1), max(ink.shape) // 10)
+    return _center(_crop(_set_stroke_width(ink)))
+
+
+def _resize(image: np.ndarray, height: int, width: int, method: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(image.astype(np.float32)).resize((width, height), method))
+
+
+def _shrink(image: np.ndarray, side: int) -> np.ndarray:
+    """Means of square blocks, so that the longer side is at most `side`."""
+    factor = -(-max(image.shape) // side)
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).reduce(factor)) if factor > 1 else image
+
+
+def _undo_enlargement(gray: np.ndarray) -> np.ndarray:
+    """One pixel for each k x k block of equal ones, as nearest-neighbour enlargement leaves them."""
+    steps = [np.flatnonzero((np.diff(gray, axis=axis) != 0).any(1 - axis)) + 1 for axis in (0, 1)]
+    k = int(np.gcd.reduce(np.concatenate([*steps, gray.shape])))
+    return gray[::k, ::k] if min(gray.shape) >= MIN_SIDE * k else gray
+
+
+def _dilate(image: np.ndarray, window: int) -> np.ndarray:
+    """Maximum over a square window of odd side, in log(window) passes."""
+    for _ in (0, 1):
+        n, reach = len(image), 1
+        image = np.pad(image, ((window // 2, window // 2), (0, 0)), mode="edge")
+        while 2 * reach <= window:
+            image = np.maximum(image[:-reach], image[reach:])
+            reach *= 2
+        image = np.maximum(image[:n], image[window - reach :][:n]).T
+    return image
+
+
+def _depth(gray: np.ndarray, part: float) -> np.ndarray:
+    """How much darker each pixel is than the paper: closing with `part` of the shorter side, minus the image."""
+    window = int(min(gray.shape) * part) // 2 * 2 + 1
+    return -_dilate(-_dilate(gray, window), window) - gray
+
+
+def _blur(image: np.ndarray, kernel: Sequence[float]) -> np.ndarray:
+    """Separable convolution with an odd `kernel`, mirrored at the edges."""
+    r = len(kernel) // 2
+    for _ in (0, 1):
+        padded, n = np.pad(image, ((r, r), (0, 0)), mode="symmetric"), len(image)
+        image = sum(weight * padded[i : i + n] for i, weight in enumerate(kernel)).T
+    return image
+
+
+def _polarity(gray: np.ndarray) -> tuple[float, float]:
+    """Two witnesses whose sum is above 0 for dark ink on light paper, below 0 for light on dark.
+
+    Ink is the rarer side of the histogram, whose skewness says which and how rare; in a tight crop,
+    where ink may be as frequent, corners and border are mostly paper.
+    """
+    gray = _shrink(gray, 128)
+    window = max(1, min(gray.shape) // 2 * 2 - 1)
+    flat = gray - _blur(gray, [1 / window] * window)
+    skew = np.mean(((flat - flat.mean()) / max(flat.std(), 1e-6)) ** 3)
+    dark, light = _depth(gray, 0.5), _depth(-gray, 0.5)
+    level = 0.6 * max(dark.max(), light.max())
+    vote = (light > level).astype(float) - (dark > level)
+    border = np.concatenate([vote[0], vote[-1], vote[1:-1, 0], vote[1:-1, -1]])
+    corners = vote[[0, 0, -1, -1], [0, -1, 0, -1]]
+    return -float(skew), float(np.clip(2 * border.mean() + corners.mean(), -0.8, 0.8))
+
+
+def _trim(gray: np.ndarray) -> np.ndarray:
+    """Without the uniform frame that a scanner's lid or a table leaves, up to an eighth of each side."""
+    low, middle, high = np.quantile(gray, [0.02, 0.5, 0.98])
+    cuts = []
+    for side in (gray, gray[::-1], gray.T, gray.T[::-1]):
+        quantiles = np.quantile(side[: len(side) // 8], [0.1, 0.5, 0.9], axis=1)
+        odd = (abs(quantiles[1] - middle) > (high - low) / 3) & (quantiles[2] - quantiles[0] < (high - low) / 4)
+        cuts.append(0 if odd.all() else int((~odd).argmax()))
+    if sum(cut > 0 for cut in cuts) < 2:  # one side alone may be the bar of a 7
+        return gray
+    top, bottom, left, right = (cut + 2 * (cut > 0) for cut in cuts)
+    return gray[top : len(gray) - bottom, left : gray.shape[1] - right]
+
+
+def _flatten(gray: np.ndarray) -> np.ndarray:
+    """Minus a quadratic surface fitted to the light paper: what lies well under it is left out of the next fit."""
+
+    def basis(height: int, width: int) -> np.ndarray:
+        y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+        return np.stack([np.ones_like(y), y, x, y * x, y * y, x * x], -1).astype(np.float32)
+
+    small = _shrink(gray, 64)
+    terms, values = basis(*small.shape).reshape(-1, 6), small.ravel()
+    paper = values >= np.quantile(values, 0.3)
+    for _ in range(8):
+        surface = np.linalg.lstsq(terms[paper], values[paper], rcond=None)[0]
+        rest = values - terms @ surface
+        tolerance = 2.5 * np.median(abs(rest[paper])) + 2
+        paper = (rest > -tolerance) & (rest < 2 * tolerance)
+    return gray - basis(*gray.shape) @ surface
+
+
+def _find_ink(gray: np.ndarray) -> np.ndarray:
+    """The digit in (H, W), cropped, ink about 1 on 0; ValueError if there is none."""
+    large = min(gray.shape) >= 64
+    if large:
+        gray = _blur(_trim(gray), [0.25, 0.5, 0.25])
+    rare, outside = _polarity(gray)
+    sign = 1 if rare + outside >= 0 else -1
+    gray = sign * gray
+    # Light is uneven in photos, whose strokes are thin; in a tight crop the paper between thick ones is too little.
+    rare = sign * rare if large else 0.0
+    part = 0.95 if rare < 0.45 else 0.5 if rare < 1.2 else 0.3
+    depth = _depth(gray if rare < 0.45 else _flatten(gray), part)
+    paper, low = np.quantile(depth, [0.25, 0.05])
+    depth = np.maximum(depth - paper, 0)
+    noise = max(MIN_CONTRAST, min(5 * (paper - low), 0.4 * depth.max()))
+    if depth.max() <= noise:
+        raise ValueError("blank, no ink found")
+    mask = depth > max(noise, 0.4 * np.quantile(depth[depth > noise], 0.9))
+    kept = _select_digit(mask, depth)
+    mask &= kept
+    ink = np.clip(np.where(kept, depth, 0) / np.quantile(depth[mask], 0.75), 0, 1)
+    (top, bottom), (left, right) = (np.flatnonzero(mask.any(axis))[[0, -1]] for axis in (1, 0))
+    return ink[max(top - 2, 0) : bottom + 3, max(left - 2, 0) : right + 3]
+
+
+def _blocks(image: np.ndarray, factor: int) -> np.ndarray:
+    """Sums over blocks of factor x factor, the last ones padded with 0."""
+    padded = np.pad(image, [(0, -side % factor) for side in image.shape])
+    return padded.reshape(padded.shape[0] // factor, factor, -1, factor).sum((1, 3))
+
+
+def _components(mask: np.ndarray) -> np.ndarray:
+    """8-connected components of `mask` (H, W), numbered from 1 in no order, 0 outside."""
+    labels = np.arange(1, mask.size + 1).reshape(mask.shape) * mask
+    while not (labels == (best := _dilate(labels, 3) * mask)).all():
+        root = np.arange(mask.size + 1)
+        np.maximum.at(root, labels.ravel(), best.ravel())
+        while (root[root] != root).any():
+            root = root[root]
+        labels = root[labels]
+    return np.unique(np.append(labels.ravel(), 0), return_inverse=True)[1].ravel()[:-1].reshape(mask.shape)
+
+
+def _select_digit(mask: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """The heaviest component of `mask` (H, W) with what belongs to it, and its soft rim; specks and frames are not.
+
+    A part belongs if it weighs 4 % of the heaviest and is near: broken strokes, the bar of a 5.
+    """
+    factor = -(-max(mask.shape) // 128)
+    labels, weight = _components(_blocks(mask, factor) > 0), _blocks(depth * mask, factor)
+    mass = np.bincount(labels.ravel(), weight.ravel())
+    y, x = np.indices(labels.shape)
+    (height, width), kept, box = labels.shape, [], None
+    to_edge = np.minimum(np.minimum(y, height - 1 - y) / height, np.minimum(x, width - 1 - x) / width)
+    for name in [i for i in np.argsort(-mass)[:50] if i and mass[i] > 0]:
+        at = labels == name
+        if min(height, width) >= 32 and to_edge[at].min() == 0 and np.median(to_edge[at]) < 0.06:
+            continue  # a frame or a shadow
+        top, bottom, left, right = y[at].min(), y[at].max(), x[at].min(), x[at].max()
+        if kept:
+            gap = max(top - box[1], box[0] - bottom, left - box[3], box[2] - right)
+            if mass[name] < 0.04 * mass[kept[0]] or gap > 0.25 * max(box[1] - box[0] + 1, box[3] - box[2] + 1):
+                continue
+            top, bottom, left, right = min(top, box[0]), max(bottom, box[1]), min(left, box[2]), max(right, box[3])
+        kept.append(name)
+        box = top, bottom, left, right
+    if not kept:
+        raise ValueError("blank, no ink found but at the edge")
+    own = np.isin(labels, kept)
+    own = _dilate(own, 3) & (own | (labels == 0))
+    return own.repeat(factor, 0).repeat(factor, 1)[: mask.shape[0], : mask.shape[1]]
+
+
+def _crop(ink: np.ndarray) -> np.ndarray:
+    rows, columns = (np.flatnonzero((ink > 0.5).any(axis)) for axis in (1, 0))
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _set_stroke_width(ink: np.ndarray) -> np.ndarray:
+    """Strokes thickened or thinned until, at 20 pixels, they are as wide as MNIST's; width is 2 area / perimeter."""
+    perimeter = np.hypot(np.diff(ink, axis=0)[:, :-1], np.diff(ink, axis=1)[:-1]).sum()
+    width, pixel = 2 * ink.sum() / perimeter, max(_crop(ink).shape) / DIGIT_SIZE
+    missing = np.clip(width, *(pixel * np.array(STROKE_WIDTHS))) - width
+    window = int(abs(missing) / 2 + 0.5) * 2 + 1
+    changed = _dilate(ink, window) if missing > 0 else -_dilate(-ink, window)
+    return changed if changed.max() > 0.5 else ink
+
+
+def _center(ink: np.ndarray) -> np.ndarray:
+    """Ink (h, w), 0 to 1 and cropped, fitted into 20 pixels, its centre of mass at the centre of uint8 (28, 28)."""
+    height, width = (max(1, round(side * DIGIT_SIZE / max(ink.shape))) for side in ink.shape)
+    ink = _resize(ink, height, width, Image.BOX)
+    ink = ink / ink.max()
+    middle = [(np.arange(side) + 0.5) @ ink.sum(1 - axis) / ink.sum() for axis, side in enumerate(ink.shape)]
+    top, left = (min(max(round(IMAGE_SIZE / 2 - m), 0), IMAGE_SIZE - side) for m, side in zip(middle, ink.shape))
+    digit = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    digit[top : top + height, left : left + width] = np.round(255 * ink)
+    return digit
 
 
 # ---------------------------------------------------------------------------------------------------------------------
