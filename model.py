@@ -192,8 +192,9 @@ def load_pretrained() -> Net:
     """The released network (`assets/mnist_cnn.pt`), in eval mode on the CPU.
 
     Its input is float (N, 1, 28, 28): bright ink on black, 0 to 1, in MNIST's framing (the digit fits
-    20 x 20 pixels, its centre of mass in the middle), normalised by `(x - 0.1307) / 0.3081`; its output
-    logits (N, 10). Raises utils.UserError if the file is missing or damaged.
+    20 x 20 pixels, its centre of mass in the middle), divided by 0.3081 with no mean subtracted, which is
+    what `utils.normalize` does. Its output is logits (N, 10). Raises utils.UserError if the file is
+    missing or damaged.
     """
     from utils import load_model  # utils imports this module
 

@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=in_range(int, 1), default=20, help="passes over the training images (default: %(default)s)")
     add("--batch-size", type=in_range(int, 2), default=64, help="images in a step (default: %(default)s)")
     add("--lr", type=positive, default=0.015, help="learning rate of the first step (default: %(default)s)")
-    add("--peak-lr", type=positive, default=0.1, help="highest learning rate of the cycle (default: %(default)s)")
+    add("--peak-lr", type=positive, default=0.15, help="highest learning rate of the cycle (default: %(default)s)")
     add("--warmup", type=fraction, default=0.2, help="fraction of the run that rises to it (default: %(default)s)")
     add("--momentum", type=in_range(float, 0, 0.9999), default=0.9, help="Nesterov momentum (default: %(default)s)")
     add("--weight-decay", type=in_range(float, 0), default=1e-4, help="L2 penalty (default: %(default)s)")
@@ -56,9 +56,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "(default: %(default)s)")  # fmt: skip
     add("--rotation", type=in_range(float, 0, 180), default=10.0, help="degrees, either way (default: %(default)s)")
     add("--scale", type=in_range(float, 0, 0.9), default=0.1, help="0.1 is 0.9 to 1.1 (default: %(default)s)")
-    add("--translate", type=fraction, default=0.08, help="fraction of the side, either way (default: %(default)s)")
+    add("--translate", type=fraction, default=0.05, help="fraction of the side, either way (default: %(default)s)")
     add("--shear", type=in_range(float, 0, 60), default=10.0, help="degrees, either way (default: %(default)s)")
-    add("--elastic", type=in_range(float, 0, 10), default=0.0,
+    add("--elastic", type=in_range(float, 0, 10), default=0.35,
         help="elastic distortion: standard deviation, in pixels, of a coarse grid's points "
         "(default: %(default)s)")  # fmt: skip
     add(
@@ -341,7 +341,7 @@ class TensorBoard:
     def __init__(self, folder: Path, trainer: Trainer) -> None:
         self.trainer, self.writer = trainer, summary_writer(folder)
         images, _ = next(iter(trainer.loader))
-        self.writer.add_images("augmented digits", (images * utils.STD + utils.MEAN).clamp(0, 1))
+        self.writer.add_images("augmented digits", (images * utils.STD).clamp(0, 1))
 
     def log_epoch(self, entry: dict[str, float]) -> None:
         """Everything that `history.json` has of the epoch, and each weight tensor's histogram."""

@@ -65,7 +65,7 @@ class Reference:
     def __init__(self, data_dir: Path, device: torch.device, workers: int, threads: int, images: int) -> None:
         augment = transforms.Compose([
             transforms.RandomRotation(10), transforms.RandomAffine(0, (0.1, 0.1), (0.9, 1.1), 10),
-            transforms.ToTensor(), transforms.Normalize((utils.MEAN,), (utils.STD,)),
+            transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,)),
         ])  # fmt: skip
         dataset = MNIST(str(data_dir), train=True, transform=augment)
         self.loader = DataLoader(
