@@ -19,14 +19,16 @@ ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 ADAPTIVE_POOLS = {"avg": nn.AdaptiveAvgPool2d, "max": nn.AdaptiveMaxPool2d}
 
 
-def _tile(vector: Tensor, times: int) -> Tensor:
-    """(C,) -> (times * C,): long rows vectorise, rows of 12 channels do not."""
-    return vector.expand(times, -1).reshape(-1)
+def _tile(scale: Tensor, shift: Tensor, times: int) -> tuple[Tensor, Tensor]:
+    """Two (C,) -> two (times * C,): long rows vectorise, rows of 12 channels do not."""
+    scale, shift = torch.stack([scale, shift]).unsqueeze(1).expand(2, times, -1).reshape(2, -1).unbind()
+    return scale, shift
 
 
-def _channel_sum(rows: Tensor, channels: int) -> Tensor:
-    """Sum (R, W * C) over all but the channel: (C,)."""
-    return rows.sum(0).view(-1, channels).sum(0)
+def _channel_sums(a: Tensor, b: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Sums of a and of a * b, both (R, W * C), over all but the channel: two (C,)."""
+    first, second = torch.stack([a.sum(0), (a * b).sum(0)]).view(2, -1, channels).sum(1).unbind()
+    return first, second
 
 
 class BatchNormMaxPool(torch.autograd.Function):
@@ -45,33 +47,34 @@ class BatchNormMaxPool(torch.autograd.Function):
         x = x.contiguous(memory_format=torch.channels_last)
         n, c, h, w = x.shape
         rows = x.permute(0, 2, 3, 1).reshape(n * h, w * c)
-        mean = _channel_sum(rows, c) / (n * h * w)
-        var = (_channel_sum(rows * rows, c) / (n * h * w) - mean * mean).clamp_(min=0)
+        mean, mean_square = (total / (n * h * w) for total in _channel_sums(rows, rows, c))
+        var = (mean_square - mean * mean).clamp_(min=0)
         inv_std = (var + eps).rsqrt()
         scale = weight * inv_std
 
         pooled, indices = F.max_pool2d(x, 2, return_indices=True)
         pooled_rows = pooled.permute(0, 2, 3, 1).reshape(-1, w // 2 * c)
-        out = torch.addcmul(_tile(bias - mean * scale, w // 2), pooled_rows, _tile(scale, w // 2))
-        ctx.save_for_backward(x, pooled_rows, indices, mean, inv_std, scale)
+        scales, shifts = _tile(scale, bias - mean * scale, w // 2)
+        out = torch.addcmul(shifts, pooled_rows, scales)
+        ctx.save_for_backward(x, pooled_rows, indices, mean, inv_std, scale, scales)
         ctx.mark_non_differentiable(mean, var)
         return out.view(n, h // 2, w // 2, c).permute(0, 3, 1, 2), mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, _mean: Tensor, _var: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, pooled_rows, indices, mean, inv_std, scale = ctx.saved_tensors
+        x, pooled_rows, indices, mean, inv_std, scale, scales = ctx.saved_tensors
         n, c, h, w = x.shape
         grad_rows = grad.permute(0, 2, 3, 1).reshape(-1, w // 2 * c)
-        grad_bias = _channel_sum(grad_rows, c)
-        grad_weight = (_channel_sum(grad_rows * pooled_rows, c) - mean * grad_bias) * inv_std
+        grad_bias, grad_scale = _channel_sums(grad_rows, pooled_rows, c)
+        grad_weight = (grad_scale - mean * grad_bias) * inv_std
 
         # dL/dx = scale * (scattered grad - mean(grad) - x_hat * mean(grad * x_hat)): affine in x plus a scatter.
         slope = -scale * inv_std * grad_weight / (n * h * w)
-        shift = -scale * grad_bias / (n * h * w) - slope * mean
+        slopes, shifts = _tile(slope, -scale * grad_bias / (n * h * w) - slope * mean, w)
         rows = x.permute(0, 2, 3, 1).reshape(n * h, w * c)
-        grad_x = torch.addcmul(_tile(shift, w), rows, _tile(slope, w)).view(n, h, w, c).permute(0, 3, 1, 2)
-        scaled = (grad_rows * _tile(scale, w // 2)).view(n, h // 2, w // 2, c).permute(0, 3, 1, 2)
+        grad_x = torch.addcmul(shifts, rows, slopes).view(n, h, w, c).permute(0, 3, 1, 2)
+        scaled = (grad_rows * scales).view(n, h // 2, w // 2, c).permute(0, 3, 1, 2)
         grad_x += F.max_unpool2d(scaled, indices, 2)
         return grad_x, grad_weight, grad_bias, None
 
@@ -126,14 +129,18 @@ class Block(nn.Module):
 
     def _fused(self, x: Tensor) -> Tensor:
         """What conv, norm and pool do one after another, running statistics included."""
-        conv, norm = self.conv, self.norm
-        # Negating a filter and its scale leaves the block's function as it is and makes the scale commute with max.
-        sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(norm.weight.dtype)
-        x = F.conv2d(x, conv.weight * sign.view(-1, 1, 1, 1), conv.bias * sign, padding=conv.padding)
+        norm = self.norm
+        filters, offsets, scale = self.conv.weight, self.conv.bias, norm.weight
+        negative = scale.detach() < 0
+        sign = torch.where(negative, -1.0, 1.0).to(scale.dtype) if negative.any() else None
+        if sign is not None:
+            # Negating a filter and its scale leaves the block's function as it is, and then scale and max commute.
+            filters, offsets, scale = filters * sign.view(-1, 1, 1, 1), offsets * sign, scale * sign
+        x = F.conv2d(x, filters, offsets, padding=self.conv.padding)
         count = x.numel() // x.shape[1]
-        x, mean, var = BatchNormMaxPool.apply(x, norm.weight * sign, norm.bias, norm.eps)
+        x, mean, var = BatchNormMaxPool.apply(x, scale, norm.bias, norm.eps)
         with torch.no_grad():
-            norm.running_mean.lerp_(mean * sign, norm.momentum)
+            norm.running_mean.lerp_(mean if sign is None else mean * sign, norm.momentum)
             norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
             norm.num_batches_tracked += 1
         return x
