@@ -32,7 +32,12 @@ def parse_args() -> argparse.Namespace:
     add("--images", type=Path, nargs="+", metavar="PATH",
         help="read these images, or folders of images, one handwritten digit each, not the test set")  # fmt: skip
     add("--export", type=Path, metavar="FILE", help="write the network as ONNX to FILE instead")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.export and (args.images or args.tta or args.json):
+        parser.error("--export goes with none of --images, --tta, --json")
+    if args.images and args.tta:
+        parser.error("--tta is for the test set, not for --images")
+    return args
 
 
 def confusion_matrix(predictions: Tensor, labels: Tensor) -> Tensor:
@@ -119,8 +124,9 @@ def read_images(model: Net, paths: list[Path], quiet: bool) -> tuple[dict[str, A
         digit = int(probabilities.argmax())
         entry = {"path": str(path), "digit": digit, "confidence": probabilities[digit].item(),
                  "probabilities": probabilities.tolist()}  # fmt: skip
-        if path.parent.name in set("0123456789"):
-            entry["label"] = int(path.parent.name)
+        folder = path.absolute().parent.name
+        if folder in set("0123456789"):
+            entry["label"] = int(folder)
         results.append(entry)
         if not quiet:
             print(f"{path}\t{digit}\t{entry['confidence']:.4f}", flush=True)
@@ -149,11 +155,14 @@ def export_onnx(model: Net, path: Path) -> str:
     pool = nn.MaxPool2d if isinstance(model.pool, nn.AdaptiveMaxPool2d) else nn.AvgPool2d
     exported = copy.deepcopy(model)
     exported.pool = pool(kernel, stride)
-    with utils.replacing(path) as temporary:
-        torch.onnx.export(
-            exported, (image,), str(temporary), opset_version=18, input_names=["image"], output_names=["logits"],
-            dynamic_shapes={"x": {0: torch.export.Dim("batch")}}, dynamo=True, external_data=False, verbose=False,
-        )  # fmt: skip
+    try:
+        with utils.replacing(path) as temporary:
+            torch.onnx.export(
+                exported, (image,), str(temporary), opset_version=18, input_names=["image"], output_names=["logits"],
+                dynamic_shapes={"x": {0: torch.export.Dim("batch")}}, dynamo=True, external_data=False, verbose=False,
+            )  # fmt: skip
+    except (TypeError, RuntimeError) as error:  # before 2.5 torch did not know these arguments
+        raise UserError(f"torch {torch.__version__} cannot export it ({str(error).splitlines()[0]})") from error
     try:
         import onnxruntime
     except ImportError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import shlex
 import sys
 import tempfile
@@ -36,15 +38,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     recipe = parser.add_argument_group("recipe (saved in the checkpoint)")
     add = recipe.add_argument
-    add("--epochs", type=in_range(int, 1), default=20, help="passes over the training images (default: %(default)s)")
-    add("--batch-size", type=in_range(int, 2), default=64, help="images in a step (default: %(default)s)")
+    add(
+        "--epochs",
+        type=in_range(int, 1, 100_000),
+        default=20,
+        help="passes over the training images (default: %(default)s)",
+    )
+    add("--batch-size", type=in_range(int, 2, 65_536), default=64, help="images in a step (default: %(default)s)")
     add("--lr", type=positive, default=0.015, help="learning rate of the first step (default: %(default)s)")
     add("--peak-lr", type=positive, default=0.15, help="highest learning rate of the cycle (default: %(default)s)")
     add("--warmup", type=fraction, default=0.2, help="fraction of the run that rises to it (default: %(default)s)")
     add("--momentum", type=in_range(float, 0, 0.9999), default=0.9, help="Nesterov momentum (default: %(default)s)")
     add("--weight-decay", type=in_range(float, 0), default=1e-4, help="L2 penalty (default: %(default)s)")
     add("--label-smoothing", type=fraction, default=0.0, help="(default: %(default)s)")
-    add("--ema", type=in_range(float, 1), default=2500, metavar="STEPS",
+    add("--ema", type=in_range(float, 1), default=2500.0, metavar="STEPS",
         help="length of the moving average of the weights that is saved; 1 saves the last step's "
         "(default: %(default)s)")  # fmt: skip
     add("--dropout", type=rate, nargs=4, default=[0.1, 0.2, 0.3, 0.4], metavar="P",
@@ -84,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from last.pt in --out, or start if there is none")
     add("--runs", type=in_range(int, 1), default=1, metavar="N", help="train N times, with consecutive seeds")
     add("--folds", type=in_range(int, 2), metavar="K", help="K-fold cross-validation on the training images")
-    add("--threads", type=in_range(int, 1), default=torch.get_num_threads(), metavar="N",
+    add("--threads", type=in_range(int, 1, 1024), default=torch.get_num_threads(), metavar="N",
         help="CPU threads; the bits of the result depend on them (default: one a core, here %(default)s)")  # fmt: skip
     add("--tensorboard", type=Path, nargs="?", const=Path("runs"), metavar="DIR",
         help="write curves, weights, images and hyperparameters for TensorBoard (default DIR: runs)")  # fmt: skip
@@ -94,10 +101,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.folds and (args.runs > 1 or args.val_size):
         parser.error("--folds goes with neither --runs nor --val-size")
-    if args.resume and (saved := first_checkpoint(args.out)):
-        stored = saved_recipe(saved, {name: parser.get_default(name) for name in [*names, "threads"]})
+    if args.resume and (saved := first_checkpoint(args)):
+        stored = saved_recipe(saved, parser, [*names, "threads"])
         if saved.parent != args.out:  # one of several runs
-            stored.pop("seed", None)
+            del stored["seed"]
         parser.set_defaults(**stored)
         args = parser.parse_args(argv)
         for name, value in stored.items():
@@ -108,20 +115,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def first_checkpoint(out: Path) -> Path | None:
-    """last.pt of the run in `out`, or of the first of several runs or folds there; None if there is none."""
-    return next(iter([*out.glob("last.pt"), *sorted(out.glob("*/last.pt"))]), None)
+def first_checkpoint(args: argparse.Namespace) -> Path | None:
+    """last.pt of the run in `args.out`, or of the first of several runs or folds there; None if there is none."""
+    pattern = "fold-*/last.pt" if args.folds else "seed-*/last.pt" if args.runs > 1 else "last.pt"
+    return next(iter(sorted(args.out.glob(pattern))), None)
 
 
-def saved_recipe(path: Path, defaults: dict[str, Any]) -> dict[str, Any]:
-    """What the checkpoint at `path` says of the hyperparameters in `defaults`; UserError if it is damaged."""
+def saved_recipe(path: Path, parser: argparse.ArgumentParser, names: list[str]) -> dict[str, Any]:
+    """The flags `names` as the checkpoint at `path` has them, held to the parser's rules; UserError if broken."""
     checkpoint = utils.load_checkpoint(path)
-    threads = checkpoint["training"].get("threads") if isinstance(checkpoint.get("training"), dict) else None
-    stored = {**checkpoint["recipe"], "threads": threads}
-    stored = {name: stored.get(name) for name in defaults}
-    if any(type(stored[name]) is not type(value) for name, value in defaults.items()):
-        raise UserError(f"{path} cannot be resumed: its recipe is damaged, or of another version of train.py")
-    return stored
+    training = checkpoint.get("training")
+    stored = {**checkpoint["recipe"], "threads": training.get("threads") if isinstance(training, dict) else None}
+    words: list[str] = []
+    for name in names:
+        value = stored.get(name)
+        values = value if isinstance(value, list) else [value]
+        if values:  # there may be no teachers
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            flags = parser.parse_args(words)
+    except SystemExit as error:
+        raise UserError(f"{path} cannot be resumed: its recipe is damaged, or of another version") from error
+    return {name: getattr(flags, name) for name in names}
 
 
 class Step:
@@ -141,14 +157,15 @@ class Step:
         self.losses = torch.zeros(steps, device=device)
         self.index = torch.zeros((), dtype=torch.long, device=device)
         self.correct = torch.zeros((), dtype=torch.long, device=device)
-        self.graph, self.done = None, 0
+        self.graph, self.done, self.dropout = None, 0, None
         self.stream = torch.cuda.Stream(device) if graph else None
 
     def begin_epoch(self, dropout: float) -> None:
         """Zero the counters and scale the dropout rates, which a graph holds as constants, by `dropout`."""
         self.model.train()
-        self.model.scale_dropout(dropout)
-        self.graph = None
+        if dropout != self.dropout:
+            self.model.scale_dropout(dropout)
+            self.graph, self.dropout = None, dropout
         for counter in (self.losses, self.index, self.correct):
             counter.zero_()
 
@@ -181,19 +198,16 @@ class Step:
             self._step(x, y)
         torch.cuda.current_stream().wait_stream(self.stream)
 
-    def _capture(self, x: Tensor, y: Tensor) -> bool:
-        """Record the step without running it; False, and eager steps from then on, where that cannot be done."""
+    def _capture(self, x: Tensor, y: Tensor) -> None:
+        """Record the step without running it; UserError where that cannot be done."""
         self.x, self.y, graph = x.clone(), y.clone(), torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
         try:
             with torch.cuda.graph(graph):
                 self._step(self.x, self.y)
         except RuntimeError as error:
-            utils.warn(f"no CUDA graph ({str(error).splitlines()[0]}); going on with eager steps")
-            self.use_graph = False
-            return False
+            raise UserError(f"no CUDA graph on this machine ({str(error).splitlines()[0]}); add --eager") from error
         self.graph = graph
-        return True
 
 
 def classification_loss(logits: Tensor, labels: Tensor, _images: Tensor, label_smoothing: float) -> Tensor:
@@ -272,7 +286,7 @@ class Trainer:
             now = epoch * steps + i
             utils.set_lr(self.optimizer, self.learning_rate(now))
             self.step(x, y)
-            if (now + 1) % EMA_EVERY == 0:
+            if (now + 1) % EMA_EVERY == 0 or now + 1 == recipe["epochs"] * steps:
                 self.ema.update_parameters(self.model)
             if (i + 1) % CHECK_EVERY == 0 or i + 1 == steps:
                 loss, accuracy = self.progress(i + 1, epoch)
@@ -313,14 +327,30 @@ class Trainer:
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a `state`, keeping the learning rate's tensor, which a CUDA graph may follow."""
-        rates = [group["lr"] for group in self.optimizer.param_groups]
+        """Take up a `state`, from whatever device, into this run's own memory; ValueError if it is not sound."""
         self.model.load_state_dict(state["weights"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, rate in zip(self.optimizer.param_groups, rates):
-            group["lr"] = rate
-        self.history = state["history"]
+        groups = self.optimizer.state_dict()["param_groups"]  # the recipe's; on a GPU a graph follows their rate
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        for parameter, values in self.optimizer.state.items():
+            momentum = values.get("momentum_buffer")
+            if momentum is not None:
+                if momentum.shape != parameter.shape:
+                    raise ValueError("momentum")
+                values["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+        self.history = [dict(entry) for entry in state["history"]]
+        if not self.finite() or any("train_accuracy" not in entry for entry in self.history):
+            raise ValueError("values")
+
+    def finite(self) -> bool:
+        """Whether weights and averages are finite numbers."""
+        tensors = [*self.model.state_dict().values(), *self.ema.state_dict().values()]
+        return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def board_folder(args: argparse.Namespace, out: Path) -> Path:
+    """Where TensorBoard finds the run that writes to `out`, which is --out or a folder in it."""
+    return args.tensorboard / out.relative_to(args.out.parent)
 
 
 def summary_writer(folder: Path) -> Any:
@@ -384,17 +414,20 @@ def print_epoch(entry: dict[str, float]) -> None:
 def train(recipe: dict[str, Any], train: Split, val: Split | None, out: Path, device: torch.device,
           args: argparse.Namespace) -> tuple[Net, list[dict[str, float]]]:  # fmt: skip
     """Train one network, writing last.pt and history.json each epoch; returns the averaged network and the history."""
-    trainer = Trainer(recipe, train, device, args.eager)
     last = out / "last.pt"
+    if {last.resolve(), (out / "model.pt").resolve()} & {Path(teacher).resolve() for teacher in recipe["teacher"]}:
+        raise UserError(f"--teacher: this run would overwrite its teacher in {out}; choose another --out")
+    trainer = Trainer(recipe, train, device, args.eager)
     if args.resume and last.exists():
         checkpoint = utils.load_checkpoint(last)
         if checkpoint["recipe"] != recipe:
             raise UserError(f"{last} was made by another recipe; give the flags of that run, or another --out")
         restore(trainer, checkpoint, last)
+        utils.write_json(out / "history.json", trainer.history)  # a kill may have come between the two files
         print(f"Resuming {out} after epoch {len(trainer.history)} of {recipe['epochs']}")
     elif args.resume:
         print(f"No {last} yet: starting with epoch 1")
-    board = TensorBoard(args.tensorboard / out.name, trainer) if args.tensorboard else None
+    board = TensorBoard(board_folder(args, out), trainer) if args.tensorboard else None
     for epoch in range(len(trainer.history), recipe["epochs"]):
         entry = trainer.train_epoch(epoch)
         if val is not None:
@@ -402,6 +435,8 @@ def train(recipe: dict[str, Any], train: Split, val: Split | None, out: Path, de
             entry["val_loss"] = F.cross_entropy(logits, val.labels).item()
             entry["val_accuracy"] = utils.accuracy(logits, val.labels)
         trainer.history.append(entry)
+        if not trainer.finite():
+            raise UserError(f"the weights are not finite after epoch {epoch + 1}; try a lower --peak-lr")
         metrics = {name: value for name, value in entry.items() if name.startswith(("train_", "val_"))}
         contents = utils.release_contents(trainer.averaged(), recipe, epoch + 1, metrics)
         utils.save_checkpoint(last, {**contents, "training": trainer.state()})
@@ -419,11 +454,10 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
     utils.build_model(checkpoint, path)
     try:
         trainer.restore(checkpoint["training"])
-        torch.set_num_threads(checkpoint["training"]["threads"])
-        sound = all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+        sound = len(trainer.history) == checkpoint["epoch"] <= trainer.recipe["epochs"]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} cannot be resumed: its training state is damaged ({type(error).__name__})") from error
-    if not sound or len(trainer.history) != checkpoint["epoch"]:
+    if not sound:
         raise UserError(f"{path} cannot be resumed: its training state is damaged")
 
 
@@ -447,7 +481,7 @@ def run_once(args: argparse.Namespace, recipe: dict[str, Any], out: Path, device
     metrics["test_accuracy"] = utils.accuracy(logits, test.labels)
     utils.save_checkpoint(out / "model.pt", utils.release_contents(model, recipe, recipe["epochs"], metrics))
     if args.tensorboard:
-        log_result(args.tensorboard / out.name, recipe, metrics, test, logits)
+        log_result(board_folder(args, out), recipe, metrics, test, logits)
     return {"seed": recipe["seed"], **metrics, "logits": logits, "labels": test.labels}
 
 
@@ -537,7 +571,8 @@ def main() -> int:
     if args.dry_run:
         args.recipe.update(epochs=min(2, args.recipe["epochs"]))
         with tempfile.TemporaryDirectory() as folder:
-            args.out, args.resume = Path(folder), False
+            args.out, args.resume = Path(folder) / "out", False
+            args.tensorboard = args.tensorboard and Path(folder) / "runs"
             return start(args, device)
     with utils.locked(args.out):
         return start(args, device)

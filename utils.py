@@ -28,7 +28,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
-from torchvision.datasets import MNIST
+from torchvision.datasets.mnist import MNIST, read_image_file, read_label_file
 
 from model import Net
 
@@ -61,6 +61,7 @@ class UserError(Exception):
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Call `main` and exit with its status; a UserError becomes one line on stderr and status 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         sys.exit(main())
     except UserError as error:
@@ -83,13 +84,13 @@ def warn(message: str) -> None:
     print(f"{Path(sys.argv[0]).name}: warning: {message}", file=sys.stderr)
 
 
-def in_range(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+def in_range(kind: type, low: float, high: float = sys.float_info.max) -> Callable[[str], Any]:
     """An argparse type: `kind(text)` within [low, high], refused in argparse's own words otherwise."""
 
     def parse(text: str) -> Any:
         value = kind(text)
         if not low <= value <= high:
-            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            bounds = f"at least {low}" if high == sys.float_info.max else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: {bounds}")
         return value
 
@@ -159,8 +160,9 @@ def load_mnist(data_dir: Path, train: bool, device: torch.device) -> Split:
     Raises UserError for files that are missing and cannot be had, or that are not MNIST-format IDX files.
     """
     prepare_mnist(data_dir)
-    dataset = MNIST(str(data_dir), train=train)
-    return Split(dataset.data.unsqueeze(1).to(device), dataset.targets.to(device))
+    part = data_dir / "MNIST" / "raw" / ("train" if train else "t10k")
+    images, labels = read_image_file(f"{part}-images-idx3-ubyte"), read_label_file(f"{part}-labels-idx1-ubyte")
+    return Split(images.unsqueeze(1).to(device), labels.to(device))
 
 
 def prepare_mnist(data_dir: Path) -> None:
@@ -254,6 +256,8 @@ def _unpack(packed: Path, path: Path) -> None:
 
 def _download(data_dir: Path, raw: Path, missing: list[str]) -> None:
     """Torchvision's own download, which gives up on a silent mirror after seconds; UserError if it fails."""
+    if raw.with_name("processed").exists():  # which torchvision would load instead, whatever it holds
+        raise UserError(f"no MNIST in {raw} but an old {raw.with_name('processed')}: delete that and run again")
     print(f"Downloading MNIST to {raw}", file=sys.stderr)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
@@ -375,8 +379,9 @@ def warp(images: Tensor, matrices: Tensor, displacements: Tensor | None = None, 
 class Loader:
     """Batches of (normalised images float (B, 1, 28, 28), labels (B,)) from a Split, like a DataLoader's.
 
-    Shuffled and augmented if an Augmentation is given, in order and unchanged otherwise. The images of
-    an epoch depend on `seed` and the number given to `set_epoch` alone, not on the epochs before or the device.
+    Shuffled and augmented if an Augmentation is given, in order and unchanged otherwise. On one kind of
+    device, the images of an epoch depend on `seed`, `batch_size` and the number given to `set_epoch`, not on
+    the epochs before.
     """
 
     def __init__(self, split: Split, batch_size: int, augmentation: Augmentation | None = None, seed: int = 0) -> None:
@@ -442,19 +447,17 @@ MIN_CONTRAST = 6  # of 255 grey levels: fainter marks are taken for paper
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """Files of `paths` as given, whether they exist or not; folders by what they hold, at any depth, sorted.
 
-    In a folder, extensions that Pillow reads count, hidden files do not. UserError for a folder without any.
+    In a folder, extensions that Pillow reads count, hidden files do not. A folder without any stands for itself.
     """
     Image.init()
     readable = {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found: list[Path] = []
     for path in paths:
-        if not path.is_dir():
+        if not os.path.isdir(path):  # which, unlike Path's, no name can break
             found.append(path)
             continue
         files = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in readable and file.is_file())
-        if not files:
-            raise UserError(f"no images in {path}")
-        found += files
+        found += files or [path]
     return found
 
 
@@ -463,8 +466,10 @@ def read_digit(path: Path) -> tuple[Image.Image, Tensor]:
 
     Raises UserError, one line naming the file, for what cannot be read, is blank, too small or too large.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    if os.path.isdir(path):
+        raise UserError(f"{path}: no images in this folder")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large and odd files; what matters is refused below
@@ -797,8 +802,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The name is fixed, so what a killed process left there is overwritten by the next.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary = path.with_name(f".{path.name}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -810,6 +815,8 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"cannot write {path}: that is not a file's name") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -858,7 +865,7 @@ def _check_archive(path: Path) -> None:
             raise UserError(f"{path} is too large for a checkpoint of train.py: {size:,} bytes")
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-            if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > size for m in members):
+            if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
                 raise UserError(f"{path} is damaged or not a checkpoint of train.py (compressed or oversized entries)")
             damaged = archive.testzip()  # PyTorch writes checksums and does not check them
             if damaged:
@@ -923,11 +930,13 @@ def locked(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows has no lock on a folder: two trainings into one --out are not refused there
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
     try:
+        handle = os.open(folder, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(f"another training writes to {folder}; wait for it or choose another --out") from error
+    except OSError as error:
+        raise UserError(f"cannot lock {folder}: {error.strerror or error}") from error
     try:
         yield
     finally:

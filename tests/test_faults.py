@@ -45,7 +45,7 @@ def test_kill_at_random_moments_then_resume(run, data_dir: Path, tmp_path: Path,
         while True:  # each attempt resumes the one before and is killed in its turn, until one is left in peace
             process = start_training(data_dir, *flags, "--resume", "--out", out)
             try:
-                process.wait(rng.uniform(0.5, 1.1) * duration)
+                process.wait(rng.uniform(0.3, 1.05) * duration)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 killed += 1
@@ -243,9 +243,13 @@ def test_damaged_training_state_is_not_resumed(run, trained: Path, tmp_path: Pat
         {**training, "weights": {**training["weights"], "fc2.bias": torch.full((10,), float("nan"))}},
         {**training, "optimizer": {}},
         {**training, "history": []},
+        {**training, "ema": {**training["ema"], "module.fc2.bias": torch.full((10,), float("inf"))}},
     ]
-    for state in broken:
-        torch.save({**checkpoint, "training": state}, tmp_path / "last.pt")
+    crafted = [{**checkpoint, "training": state} for state in broken]
+    crafted.append({**checkpoint, "recipe": {**checkpoint["recipe"], "width": 10**6}})
+    crafted.append({**checkpoint, "recipe": {**checkpoint["recipe"], "activation": "foo"}})
+    for contents in crafted:
+        torch.save(contents, tmp_path / "last.pt")
         before = (tmp_path / "last.pt").read_bytes()
         done = run("train.py", "--resume", "--out", tmp_path, status=2)
         assert "cannot be resumed" in done.stderr.splitlines()[-1]

@@ -216,8 +216,11 @@ def test_find_images(tmp_path: Path) -> None:
     missing = tmp_path / "missing.png"
     assert find_images([missing, tmp_path]) == [missing, *(tmp_path / n for n in ("a.tif", "b/1.jpg", "b/2.PNG"))]
     (tmp_path / "empty").mkdir()
+    assert find_images([tmp_path / "empty"]) == [tmp_path / "empty"]
     with pytest.raises(UserError, match="no images"):
-        find_images([tmp_path / "empty"])
+        read_digit(tmp_path / "empty")
+    with pytest.raises(UserError, match="no such file"):
+        read_digit(tmp_path / ("x" * 300))
     with pytest.raises(UserError, match="no such file"):
         read_digit(missing)
 

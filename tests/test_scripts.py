@@ -120,6 +120,31 @@ def test_resume_without_a_checkpoint_starts_and_refuses_another_recipe(run, tmp_
     assert "--lr 0.5" in refused.stderr and "0.015" in refused.stderr
 
 
+def test_resume_keeps_flags_of_every_kind(run, tmp_path: Path) -> None:
+    flags = ("--epochs", 1, "--ema", 40, "--dropout", 0, 0.1, 0, 0.1, "--translate", 0, "--activation", "relu",
+             "--weight-decay", 1e-5, "--seed", 4)  # fmt: skip
+    run("train.py", *flags, "--out", tmp_path)
+    kept = (tmp_path / "history.json").read_bytes()
+    (tmp_path / "history.json").unlink()  # a kill between last.pt and history.json
+    done = run("train.py", "--resume", "--out", tmp_path)
+    assert "Resuming" in done.stdout
+    assert (tmp_path / "history.json").read_bytes() == kept
+    run("train.py", *flags, "--resume", "--out", tmp_path)
+
+
+def test_resume_does_not_take_another_modes_recipe(run, tmp_path: Path) -> None:
+    run("train.py", "--epochs", 1, "--runs", 2, "--batch-size", 200, "--out", tmp_path)
+    done = run("train.py", "--epochs", 1, "--resume", "--out", tmp_path)
+    assert "starting with epoch 1" in done.stdout
+    assert utils.load_checkpoint(tmp_path / "model.pt")["recipe"]["batch_size"] == 64
+
+
+def test_ema_of_length_one_is_the_last_step(run, tmp_path: Path) -> None:
+    run("train.py", "--epochs", 1, "--ema", 1, "--batch-size", 150, "--out", tmp_path)  # 14 steps, not a multiple of 8
+    checkpoint = utils.load_checkpoint(tmp_path / "last.pt")
+    assert torch.equal(checkpoint["model"]["fc2.weight"], checkpoint["training"]["weights"]["fc2.weight"])
+
+
 def test_interrupt_says_how_to_resume(data_dir: Path, tmp_path: Path) -> None:
     process = start_training(data_dir, "--epochs", 1000, "--out", tmp_path)
     wait_for(tmp_path / "last.pt", process)
@@ -157,7 +182,8 @@ def assert_refused_with_warning(done: subprocess.CompletedProcess, *words: objec
 
 @pytest.mark.parametrize(
     "flags",
-    [("--epochs", 0), ("--epochs", "x"), ("--lr", -1), ("--lr", "nan"), ("--momentum", 1), ("--dropout", 0.1, 0.2, 0.3),
+    [("--epochs", 0), ("--epochs", "x"), ("--lr", -1), ("--lr", "nan"), ("--lr", "inf"),
+     ("--threads", 10**11), ("--momentum", 1), ("--dropout", 0.1, 0.2, 0.3),
      ("--dropout", 0, 0, 0, 1), ("--warmup", 1.5), ("--batch-size", 1), ("--folds", 1), ("--device", "tpu"),
      ("--folds", 3, "--runs", 2), ("--seed", -1), ("--nonsense",)],
 )  # fmt: skip
@@ -228,6 +254,13 @@ def test_distillation_from_two_teachers(run, trained: Path, tmp_path: Path) -> N
     done = run("train.py", *QUICK, "--teacher", *teachers, "--temperature", 2, "--out", tmp_path)
     assert "Final Test Accuracy" in done.stdout
     assert utils.load_checkpoint(tmp_path / "model.pt")["recipe"]["teacher"] == [str(t) for t in teachers]
+
+
+def test_a_run_does_not_overwrite_its_teacher(run, trained: Path) -> None:
+    before = (trained / "model.pt").read_bytes()
+    done = run("train.py", "--teacher", trained / "model.pt", "--out", trained, status=2)
+    assert_refused_with_warning(done, "--teacher", trained)
+    assert (trained / "model.pt").read_bytes() == before
 
 
 def test_distillation_loss_by_hand() -> None:
