@@ -161,11 +161,26 @@ def machine(device: torch.device) -> str:
     return f"{name}; torch {torch.__version__}"
 
 
+def profile_epoch(ours: Ours, rows: int = 14) -> str:
+    """Where one epoch without dropout spends its time: the `rows` dearest operations, their own time alone."""
+    torch.set_num_threads(ours.threads)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        ours.trainer.train_epoch(ours.recipe["epochs"] - 1)
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    lines = ["| operation | share | calls a step |", "|---|---:|---:|"]
+    for event in events[:rows]:
+        calls = event.count / len(ours.trainer.loader)
+        lines.append(f"| {event.key} | {100 * event.self_cpu_time_total / total:.1f}% | {calls:.1f} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     utils.add_common_flags(parser)
     parser.add_argument("--repeats", type=utils.in_range(int, 5), default=5, help="timings of each (default: 5)")
     parser.add_argument("--images", type=utils.in_range(int, 640), help="images a timing (default: 6400; GPU 60000)")
+    parser.add_argument("--profile", action="store_true", help="also show where train.py's epoch spends its time")
     args = parser.parse_args()
     device, threads = utils.choose_device(args.device), torch.get_num_threads()
     images = args.images or (6400 if device.type == "cpu" else 60_000)
@@ -199,6 +214,8 @@ def main() -> int:
     for name, seconds in medians.items():
         ratios = f"{base / seconds:.2f} | {fastest / seconds:.2f} | {100 * floor / seconds:.1f}%"
         print(f"| {name} | {1 / seconds:,.0f} | {60_000 * seconds:.1f} | {ratios} |")
+    if args.profile:
+        print("\n" + profile_epoch(contenders[f"train.py, {threads} threads"]))
     test = utils.load_mnist(args.data_dir, train=False, device=device)
     model = utils.place(Net(), device)
     evaluation = statistics.median(timed(lambda: utils.predict(model, test), device) for _ in range(args.repeats))
