@@ -40,11 +40,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def confusion_matrix(predictions: Tensor, labels: Tensor) -> Tensor:
-    """Counts int64 (10, 10): row is the true digit, column the predicted one."""
-    return torch.bincount(labels * 10 + predictions, minlength=100).view(10, 10)
-
-
 def by_digit(confusion: Tensor) -> list[dict[str, Any]]:
     """Count, errors, precision and recall of each digit; None where nothing was there to divide by."""
     right, count, claimed = confusion.diagonal().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist()
@@ -61,7 +56,7 @@ def by_digit(confusion: Tensor) -> list[dict[str, Any]]:
 def measure(model: Net, test: Split, tta: bool) -> dict[str, Any]:
     """Everything that is reported of `model` on `test`, ready for JSON."""
     logits = utils.predict(model, test)
-    confusion = confusion_matrix(logits.argmax(1), test.labels)
+    confusion = utils.confusion_matrix(logits.argmax(1), test.labels)
     results = {
         "test_accuracy": utils.accuracy(logits, test.labels),
         "count": len(test.labels),

@@ -171,15 +171,20 @@ class Step:
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         self.done += 1
-        if not self.use_graph or self.done <= self.WARMUP:
-            self._on_side_stream(x, y) if self.use_graph else self._step(x, y)
-            return
-        if (self.graph is None and not self._capture(x, y)) or x.shape != self.x.shape:
+        if not self.use_graph:
             self._step(x, y)
-        else:
+            return
+        if self.done <= self.WARMUP:
+            self._on_side_stream(x, y)
+            return
+        if self.graph is None:
+            self._capture(x, y)
+        if x.shape == self.x.shape:
             self.x.copy_(x)
             self.y.copy_(y)
             self.graph.replay()
+        else:  # the last, smaller batch
+            self._step(x, y)
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -276,20 +276,21 @@ def _download(data_dir: Path, raw: Path, missing: list[str]) -> None:
         socket.setdefaulttimeout(timeout)
 
 
+def _shuffled_by_class(labels: Tensor, seed: int) -> Tensor:
+    """0..N-1, class after class of `labels` (N,), in random order within each."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive_seed(seed)))
+    return shuffled[torch.argsort(labels.cpu()[shuffled], stable=True)]
+
+
 def stratified_folds(labels: Tensor, folds: int, seed: int) -> list[Tensor]:
     """Split 0..N-1 into `folds` sorted index tensors, disjoint, each with its share of every class in `labels` (N,)."""
-    generator = torch.Generator().manual_seed(derive_seed(seed))
-    shuffled = torch.randperm(len(labels), generator=generator)
-    by_class = shuffled[torch.argsort(labels.cpu()[shuffled], stable=True)]
+    by_class = _shuffled_by_class(labels, seed)
     return [by_class[fold::folds].sort().values.to(labels.device) for fold in range(folds)]
 
 
 def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
     """Stratified (rest, held-out) with `size` images held out, 0 < size < N; the same for the same seed."""
-    n = len(split.labels)
-    generator = torch.Generator().manual_seed(derive_seed(seed))
-    shuffled = torch.randperm(n, generator=generator)
-    by_class = shuffled[torch.argsort(split.labels.cpu()[shuffled], stable=True)]
+    n, by_class = len(split.labels), _shuffled_by_class(split.labels, seed)
     chosen = torch.zeros(n, dtype=torch.bool)
     chosen[by_class[(torch.arange(size) * n + n // 2) // size]] = True  # evenly spaced through the classes
     chosen = chosen.to(split.labels.device)
@@ -432,6 +433,11 @@ def classify(model: torch.nn.Module, digits: Tensor) -> Tensor:
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Percentage of rows of `logits` (N, 10) whose largest entry is at `labels` (N,)."""
     return 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+def confusion_matrix(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Counts int64 (10, 10): row is the true digit, column the predicted one."""
+    return torch.bincount(labels * 10 + predictions, minlength=100).view(10, 10)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def plot_errors(reading: Reading, limit: int) -> Figure:
 
 def plot_confusion(reading: Reading) -> Figure:
     """The confusion matrix; colour is for the mistakes alone, which the diagonal would drown."""
-    counts = torch.bincount(10 * reading.split.labels + reading.predicted, minlength=100).view(10, 10)
+    counts = utils.confusion_matrix(reading.predicted, reading.split.labels)
     wrong = counts - counts.diag().diag()
     (true, read_as), most = divmod(int(wrong.argmax()), 10), int(wrong.max())
     worst = f", most often {true} as {read_as} ({most} time{'s' * (most > 1)})" if most else ""
