@@ -423,11 +423,12 @@ def train(recipe: dict[str, Any], train: Split, val: Split | None, out: Path, de
     if {last.resolve(), (out / "model.pt").resolve()} & {Path(teacher).resolve() for teacher in recipe["teacher"]}:
         raise UserError(f"--teacher: this run would overwrite its teacher in {out}; choose another --out")
     trainer = Trainer(recipe, train, device, args.eager)
+    inputs = files_learnt_from(args.data_dir, recipe)
     if args.resume and last.exists():
         checkpoint = utils.load_checkpoint(last)
         if checkpoint["recipe"] != recipe:
             raise UserError(f"{last} was made by another recipe; give the flags of that run, or another --out")
-        restore(trainer, checkpoint, last)
+        restore(trainer, checkpoint, last, inputs)
         utils.write_json(out / "history.json", trainer.history)  # a kill may have come between the two files
         print(f"Resuming {out} after epoch {len(trainer.history)} of {recipe['epochs']}")
     elif args.resume:
@@ -444,7 +445,7 @@ def train(recipe: dict[str, Any], train: Split, val: Split | None, out: Path, de
             raise UserError(f"the weights are not finite after epoch {epoch + 1}; try a lower --peak-lr")
         metrics = {name: value for name, value in entry.items() if name.startswith(("train_", "val_"))}
         contents = utils.release_contents(trainer.averaged(), recipe, epoch + 1, metrics)
-        utils.save_checkpoint(last, {**contents, "training": trainer.state()})
+        utils.save_checkpoint(last, {**contents, "training": {**trainer.state(), "inputs": inputs}})
         utils.write_json(out / "history.json", trainer.history)
         print_epoch(entry)
         if board:
@@ -454,16 +455,26 @@ def train(recipe: dict[str, Any], train: Split, val: Split | None, out: Path, de
     return trainer.averaged(), trainer.history
 
 
-def restore(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
-    """Take up the run of `checkpoint`; UserError if its state is not whole."""
+def files_learnt_from(data_dir: Path, recipe: dict[str, Any]) -> dict[str, str]:
+    """MD5 sums of the training images and labels and of the teachers, by name."""
+    sums = {name: md5 for name, md5 in utils.prepare_mnist(data_dir).items() if name.startswith("train")}
+    return {**sums, **{teacher: utils.md5_sum(Path(teacher)) for teacher in recipe["teacher"]}}
+
+
+def restore(trainer: Trainer, checkpoint: dict[str, Any], path: Path, inputs: dict[str, str]) -> None:
+    """Take up the run of `checkpoint`; UserError if its state is not whole, or it learnt from other files."""
     utils.build_model(checkpoint, path)
     try:
         trainer.restore(checkpoint["training"])
+        before = dict(checkpoint["training"]["inputs"])
         sound = len(trainer.history) == checkpoint["epoch"] <= trainer.recipe["epochs"]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} cannot be resumed: its training state is damaged ({type(error).__name__})") from error
     if not sound:
         raise UserError(f"{path} cannot be resumed: its training state is damaged")
+    changed = [name for name, md5 in inputs.items() if before.get(name) != md5]
+    if changed:
+        raise UserError(f"{changed[0]} has changed since {path} was written; put the old file back, or start anew")
 
 
 def run_once(args: argparse.Namespace, recipe: dict[str, Any], out: Path, device: torch.device) -> dict[str, Any]:

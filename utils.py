@@ -24,11 +24,9 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
-from torchvision.datasets.mnist import MNIST, read_image_file, read_label_file
 
 from model import Net
 
@@ -161,15 +159,19 @@ def load_mnist(data_dir: Path, train: bool, device: torch.device) -> Split:
     """
     prepare_mnist(data_dir)
     part = data_dir / "MNIST" / "raw" / ("train" if train else "t10k")
-    images, labels = read_image_file(f"{part}-images-idx3-ubyte"), read_label_file(f"{part}-labels-idx1-ubyte")
-    return Split(images.unsqueeze(1).to(device), labels.to(device))
+    labels = np.fromfile(f"{part}-labels-idx1-ubyte", np.uint8, offset=8)  # after magic number and sizes
+    images = np.fromfile(f"{part}-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 1, IMAGE_SIZE, IMAGE_SIZE)
+    return Split(torch.from_numpy(images).to(device), torch.from_numpy(labels).long().to(device))
 
 
-def prepare_mnist(data_dir: Path) -> None:
-    """See to it that the four raw files are in `data_dir`/MNIST/raw and well-formed; UserError if not."""
+def prepare_mnist(data_dir: Path) -> dict[str, str]:
+    """See to it that the four raw files are in `data_dir`/MNIST/raw and well-formed; UserError if not.
+
+    Returns their MD5 sums by name. A process looks at a folder once.
+    """
     raw = data_dir / "MNIST" / "raw"
     if raw in _prepared:
-        return
+        return _prepared[raw]
     try:
         for name in MNIST_FILES:
             if not (raw / name).exists() and (raw / f"{name}.gz").exists():
@@ -178,22 +180,25 @@ def prepare_mnist(data_dir: Path) -> None:
         if missing:
             _download(data_dir, raw, missing)
         counts = {name: _check_idx(raw / name) for name in MNIST_FILES}
-        altered = [name for name, (md5, _) in MNIST_FILES.items() if _md5(raw / name) != md5]
+        sums = {name: md5_sum(raw / name) for name in MNIST_FILES}
     except OSError as error:
         raise UserError(f"cannot read MNIST in {raw}: {error.strerror or error}") from error
     for part in ("train", "t10k"):
         images, labels = counts[f"{part}-images-idx3-ubyte"], counts[f"{part}-labels-idx1-ubyte"]
         if images != labels:
             raise UserError(f"{raw}: {images} {part} images but {labels} labels; delete the {part} files, run again")
+    altered = [name for name, (md5, _) in MNIST_FILES.items() if sums[name] != md5]
     if altered:
         warn(f"not the official MNIST (checksum differs), used as it is: {raw}/{{{','.join(altered)}}}")
-    _prepared.add(raw)
+    _prepared[raw] = sums
+    return sums
 
 
-_prepared: set[Path] = set()  # folders checked by this process
+_prepared: dict[Path, dict[str, str]] = {}  # what prepare_mnist has returned in this process
 
 
-def _md5(path: Path) -> str:
+def md5_sum(path: Path) -> str:
+    """MD5 sum of the file at `path`, in hexadecimal: tells versions of a file apart, keeps nobody out."""
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
@@ -262,8 +267,10 @@ def _download(data_dir: Path, raw: Path, missing: list[str]) -> None:
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
+        from torchvision.datasets import MNIST  # here, because this import takes as long as PyTorch's own
+
         MNIST(str(data_dir), download=True)
-    except (OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         for folder in (raw, raw.parent, data_dir):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -836,7 +843,6 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
         "numpy": np.__version__,
     }
 

@@ -11,6 +11,9 @@ from typing import Callable
 import pytest
 from synthetic_mnist import make_dataset
 
+# Before anybody imports torch: two threads that find only one core free wait for each other, ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

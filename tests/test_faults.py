@@ -33,31 +33,90 @@ CPU = torch.device("cpu")
 # --- kill -9 ---------------------------------------------------------------------------------------------------------
 
 
-def test_kill_at_random_moments_then_resume(run, data_dir: Path, tmp_path: Path, full: bool) -> None:
+KILLED = ("--epochs", 3, "--batch-size", 16, "--dropout-until", 0.5)
+# train.py that kills itself "before" or "after" the n-th call of one function; argv: name, moment, n, train.py's flags.
+AIMED_KILL = """
+import os, signal, sys
+import train, utils
+
+name, moment, left = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
+owner = {"_step": train.Step, "replace": os, "predict": utils}[name]
+original = getattr(owner, name)
+
+def aimed(*args, **kwargs):
+    global left
+    left -= 1
+    if left == 0 and moment == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = original(*args, **kwargs)
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+setattr(owner, name, aimed)
+utils.run_script(train.main)
+"""
+# Each epoch replaces last.pt, then history.json; the run's end reads the test set and replaces model.pt.
+MOMENTS = [
+    ("_step", "before", 1), ("_step", "after", 60), ("replace", "before", 1), ("replace", "after", 1),
+    ("replace", "after", 2), ("_step", "after", 125), ("replace", "before", 5), ("replace", "before", 6),
+    ("predict", "before", 1), ("predict", "after", 1), ("replace", "before", 7), ("replace", "after", 7),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def undisturbed(run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training that nobody kills."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    run("train.py", *KILLED, "--out", out)
+    return out
+
+
+def assert_whole(out: Path) -> None:
+    """What a killed training has left in `out` can be read."""
+    for path in out.glob("*.pt"):
+        utils.load_model(path, CPU)
+
+
+def test_kill_at_each_kind_of_moment_then_resume(run, undisturbed: Path, data_dir: Path, tmp_path: Path, full) -> None:
+    """In a step, before and after each file takes its name, in the final evaluation: --resume ends in the same bits."""
+    for moment in MOMENTS if full else [("replace", "after", 3), ("predict", "before", 1)]:
+        out = tmp_path / "-".join(map(str, moment))
+        done = subprocess.run(
+            [sys.executable, "-c", AIMED_KILL, *map(str, [*moment, *KILLED, "--out", out])], cwd=ROOT,
+            env={**os.environ, "MNIST_DATA_DIR": str(data_dir)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert_whole(out)
+        run("train.py", *KILLED, "--resume", "--out", out)
+        assert_same_bits(undisturbed / "model.pt", out / "model.pt")
+        assert sorted(p.name for p in out.iterdir()) == ["history.json", "last.pt", "model.pt"]
+
+
+def test_kill_at_random_moments_then_resume(run, undisturbed: Path, data_dir: Path, tmp_path: Path, full: bool) -> None:
     """Wherever kill -9 strikes, last.pt is whole or absent, and --resume ends in the same bits."""
-    flags = ("--epochs", 3, "--batch-size", 16, "--dropout-until", 0.5)
+    if not full:
+        pytest.skip("50 kills: pytest --full")
     start = time.monotonic()
-    run("train.py", *flags, "--out", tmp_path / "whole")
+    run("train.py", *KILLED, "--out", tmp_path / "timed")
     duration = time.monotonic() - start
     rng, out, killed = random.Random(0), tmp_path / "killed", 0
-    for _ in range(50 if full else 1):
+    while killed < 50:
         shutil.rmtree(out, ignore_errors=True)
         while True:  # each attempt resumes the one before and is killed in its turn, until one is left in peace
-            process = start_training(data_dir, *flags, "--resume", "--out", out)
+            process = start_training(data_dir, *KILLED, "--resume", "--out", out)
             try:
-                process.wait(rng.uniform(0.4, 0.9) * duration)
+                process.wait(rng.uniform(0.4, 1) * duration)  # the first 0.4 are imports
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 killed += 1
             _, errors = process.communicate()
             assert process.returncode in (0, -signal.SIGKILL), errors
-            if (out / "last.pt").exists():
-                utils.load_model(out / "last.pt", CPU)
+            assert_whole(out)
             if process.returncode == 0:
                 break
-        assert_same_bits(tmp_path / "whole" / "model.pt", out / "model.pt")
+        assert_same_bits(undisturbed / "model.pt", out / "model.pt")
         assert sorted(p.name for p in out.iterdir()) == ["history.json", "last.pt", "model.pt"]
-    assert killed > 0
 
 
 def test_kill_while_a_file_is_written(tmp_path: Path) -> None:
@@ -254,6 +313,69 @@ def test_damaged_training_state_is_not_resumed(run, trained: Path, tmp_path: Pat
         done = run("train.py", "--resume", "--out", tmp_path, status=2)
         assert "cannot be resumed" in done.stderr.splitlines()[-1]
         assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def spoil(node: Any, rng: random.Random) -> None:
+    """Replace or remove one value, at random, in the nested dictionaries and lists of `node`."""
+    key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+    if isinstance(node[key], (dict, list)) and node[key] and rng.random() < 0.9:
+        spoil(node[key], rng)
+    elif rng.random() < 0.2:
+        del node[key]
+    else:
+        node[key] = rng.choice([
+            None, "text", "", -1, 10**30, 0.5, float("nan"), True, [], [[]], {}, {"a": 1}, torch.zeros(3),
+            torch.ones(2, 2).int(), torch.full((10,), float("inf")), Huge(),
+        ])  # fmt: skip
+
+
+def test_spoilt_training_states_are_refused_or_harmless(
+    trained: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """--resume of a last.pt with one value spoilt: exit 2 and nothing changed, or it goes on; never a crash."""
+    import train
+
+    last, rng, refusals = tmp_path / "last.pt", random.Random(0), 0
+    command = ["train.py", "--resume", "--data-dir", str(data_dir), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    for i in range(1000 if full else 60):
+        checkpoint = torch.load(trained / "last.pt", weights_only=True)
+        spoil(checkpoint, rng)
+        torch.save(checkpoint, last)
+        before = last.read_bytes()
+        start = time.monotonic()
+        try:
+            train.main()
+        except UserError as error:
+            assert "\n" not in str(error), i
+            refusals += 1
+        except SystemExit as error:  # argparse's, of a recipe that is out of range
+            assert error.code == 2, i
+            refusals += 1
+        else:
+            assert_same_bits(trained / "model.pt", tmp_path / "model.pt")
+        assert last.read_bytes() == before and time.monotonic() - start < 5, i
+    assert refusals > 0.5 * (i + 1)
+
+
+def test_a_file_that_changed_since_the_stop_is_not_resumed_with(
+    run, data_dir: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Other data or another teacher would not give the bits of the undisturbed run."""
+    teacher, out = tmp_path / "teacher.pt", tmp_path / "out"
+    shutil.copy(trained / "model.pt", teacher)
+    shutil.copytree(data_dir / "MNIST", tmp_path / "MNIST")
+    flags = ("--data-dir", tmp_path, "--out", out, "--resume")
+    run("train.py", "--epochs", 1, "--dropout-until", 0, "--teacher", teacher, *flags)
+    before = (out / "last.pt").read_bytes()
+    shutil.copy(trained / "last.pt", teacher)
+    assert "teacher.pt has changed since" in run("train.py", *flags, status=2).stderr
+    shutil.copy(trained / "model.pt", teacher)
+    labels = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    original = labels.read_bytes()
+    labels.write_bytes(original[:-1] + bytes([(original[-1] + 1) % 10]))
+    assert "train-labels-idx1-ubyte has changed since" in run("train.py", *flags, status=2).stderr
+    assert (out / "last.pt").read_bytes() == before
 
 
 # --- damaged IDX files -----------------------------------------------------------------------------------------------
