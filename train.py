@@ -596,6 +596,7 @@ def main() -> int:
 
 def start(args: argparse.Namespace, device: torch.device) -> int:
     """Do what the flags ask for; returns the exit status."""
+    began = time.time()
     try:
         if args.folds:
             cross_validate(args, device)
@@ -605,7 +606,11 @@ def start(args: argparse.Namespace, device: torch.device) -> int:
             result = run_once(args, args.recipe, args.out, device)
             print(f"Final Test Accuracy: {result['test_accuracy']:.2f}%")
     except KeyboardInterrupt:
-        print(f"\nStopped. Finished epochs are kept; go on with: {how_to_resume()}", file=sys.stderr)
+        saved = first_checkpoint(args)
+        if saved and not args.dry_run and (args.resume or saved.stat().st_mtime >= began):
+            print(f"\nStopped. Finished epochs are kept; go on with: {how_to_resume()}", file=sys.stderr)
+        else:
+            print("\nStopped before the first epoch was finished: nothing was written.", file=sys.stderr)
         return 130
     return 0
 

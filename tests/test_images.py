@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import subprocess
@@ -123,6 +124,7 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+@functools.cache
 def variants() -> dict[str, bytes]:
     """Files that hold the same digit 3 in unusual ways."""
     ink = draw(3, 120)

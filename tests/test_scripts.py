@@ -153,6 +153,17 @@ def test_interrupt_says_how_to_resume(data_dir: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_interrupt_in_the_first_epoch_leaves_the_older_run(data_dir: Path, trained: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(trained, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    process = start_training(data_dir, "--batch-size", 2, "--out", out)
+    assert "not the official MNIST" in process.stderr.readline()  # from here on the interrupt is answered
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "nothing was written" in errors and "--resume" not in errors
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_dry_run_keeps_nothing(run, tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"precious")
     done = run("train.py", "--dry-run", "--val-size", 100, "--out", tmp_path)
