@@ -27,13 +27,14 @@ from utils import Augmentation, Loader, Split, UserError, in_range
 
 EMA_EVERY = 8  # steps between two updates of the weight average: a step moves the weights too little to notice
 CHECK_EVERY = 50  # steps between two looks at the loss, each of which makes a GPU wait
+CHECKPOINTS = "last.pt", "model.pt"  # what a run writes: the whole state after each epoch, the network at the end
 VAL_SPLIT_SEED = 0  # the same images are held out whatever --seed says, so that runs compare
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; with --resume, hyperparameters that it does not name come from the checkpoint."""
     parser = argparse.ArgumentParser(description="Train the 16,966-parameter CNN on MNIST.")
-    positive, fraction = in_range(float, 1e-12), in_range(float, 0, 1)
+    positive, fraction = in_range(float, 1e-12, 1e30), in_range(float, 0, 1)
     rate = in_range(float, 0, 0.95)
 
     recipe = parser.add_argument_group("recipe (saved in the checkpoint)")
@@ -80,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="checkpoints whose mean prediction the network also learns from (distillation)")  # fmt: skip
     add("--temperature", type=positive, default=1.0, help="of the distillation (default: %(default)s)")
     add("--distill-weight", type=fraction, default=0.7, help="of the teacher in the loss (default: %(default)s)")
-    add("--seed", type=in_range(int, 0, 2**31), default=0, help="of weights, order, augmentation, dropout (default: 0)")
+    add("--seed", type=in_range(int, 0, 2**31), help="of weights, order, augmentation, dropout (default: 0)")
     add("--val-size", type=in_range(int, 0), default=0, metavar="N",
         help="hold out N training images, stratified, and report on them each epoch (default: 0)")  # fmt: skip
     names = [action.dest for action in recipe._group_actions]
@@ -101,9 +102,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.folds and (args.runs > 1 or args.val_size):
         parser.error("--folds goes with neither --runs nor --val-size")
+    parser.set_defaults(seed=first_seed(args.out) if args.resume and args.runs > 1 else 0)
+    args = parser.parse_args(argv)
     if args.resume and (saved := first_checkpoint(args)):
         stored = saved_recipe(saved, parser, [*names, "threads"])
-        if saved.parent != args.out:  # one of several runs
+        if args.runs > 1:  # each has its own
             del stored["seed"]
         parser.set_defaults(**stored)
         args = parser.parse_args(argv)
@@ -115,10 +118,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def run_folders(args: argparse.Namespace) -> list[Path]:
+    """Where the run, or each of several runs or folds, keeps its files."""
+    if args.folds:
+        return [args.out / f"fold-{k + 1}" for k in range(args.folds)]
+    if args.runs > 1:
+        return [args.out / f"seed-{args.seed + i}" for i in range(args.runs)]
+    return [args.out]
+
+
 def first_checkpoint(args: argparse.Namespace) -> Path | None:
-    """last.pt of the run in `args.out`, or of the first of several runs or folds there; None if there is none."""
-    pattern = "fold-*/last.pt" if args.folds else "seed-*/last.pt" if args.runs > 1 else "last.pt"
-    return next(iter(sorted(args.out.glob(pattern))), None)
+    """The first last.pt in `run_folders`; None if there is none."""
+    return next((folder / "last.pt" for folder in run_folders(args) if (folder / "last.pt").exists()), None)
+
+
+def first_seed(out: Path) -> int:
+    """The lowest seed of which `--runs` has begun a run in `out`; 0 if there is none."""
+    names = [path.parent.name.partition("-")[2] for path in out.glob("seed-*/last.pt")]
+    return min((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def saved_recipe(path: Path, parser: argparse.ArgumentParser, names: list[str]) -> dict[str, Any]:
@@ -150,15 +167,15 @@ class Step:
     WARMUP = 3  # steps before a capture, in which libraries choose their kernels
 
     def __init__(
-        self, model: Net, optimizer: torch.optim.Optimizer, loss_fn: Callable, steps: int, graph: bool
+        self, model: Net, optimizer: torch.optim.Optimizer, loss_fn: Callable, steps: int, use_graph: bool
     ) -> None:
-        self.model, self.optimizer, self.loss_fn, self.use_graph = model, optimizer, loss_fn, graph
+        self.model, self.optimizer, self.loss_fn, self.use_graph = model, optimizer, loss_fn, use_graph
         device = next(model.parameters()).device
         self.losses = torch.zeros(steps, device=device)
         self.index = torch.zeros((), dtype=torch.long, device=device)
         self.correct = torch.zeros((), dtype=torch.long, device=device)
         self.graph, self.done, self.dropout = None, 0, None
-        self.stream = torch.cuda.Stream(device) if graph else None
+        self.stream = torch.cuda.Stream(device) if use_graph else None
 
     def begin_epoch(self, dropout: float) -> None:
         """Zero the counters and scale the dropout rates, which a graph holds as constants, by `dropout`."""
@@ -192,7 +209,7 @@ class Step:
         loss = self.loss_fn(logits, y, x)
         loss.backward()
         self.optimizer.step()
-        self.losses.index_copy_(0, self.index.view(1), loss.detach().view(1))
+        self.losses.scatter_(0, self.index.view(1), loss.detach().view(1))
         self.index += 1
         self.correct += (logits.detach().argmax(1) == y).sum()
 
@@ -240,11 +257,23 @@ def make_loss(recipe: dict[str, Any], device: torch.device) -> Callable[[Tensor,
     smoothing = recipe["label_smoothing"]
     if not recipe["teacher"]:
         return partial(classification_loss, label_smoothing=smoothing)
-    teachers = [fold_norms(utils.load_model(Path(path), device)[0]) for path in recipe["teacher"]]
+    teachers = []
+    for path in recipe["teacher"]:
+        teacher, checkpoint = utils.load_model(Path(path), device)
+        teachers.append(fold_norms(teacher))
+        if held_out(recipe) and held_out(checkpoint["recipe"]) != held_out(recipe):
+            utils.warn(f"{path} may have been trained on images that are held out here: validation will look too good")
     return partial(
         distillation_loss, teachers=teachers, temperature=recipe["temperature"], weight=recipe["distill_weight"],
         label_smoothing=smoothing,
     )  # fmt: skip
+
+
+def held_out(recipe: dict[str, Any]) -> tuple:
+    """Which training images a run with `recipe` does not see: the same for the same value, all seen if empty."""
+    if "fold" in recipe:
+        return recipe["folds"], recipe["fold"]
+    return (recipe["val_size"],) if recipe.get("val_size") else ()
 
 
 def fold_norms(model: Net) -> Net:
@@ -276,7 +305,7 @@ class Trainer:
         augmentation = Augmentation(*(recipe[name] for name in Augmentation._fields))
         self.loader = Loader(train, recipe["batch_size"], augmentation, recipe["seed"])
         self.step = Step(self.model, self.optimizer, make_loss(recipe, device), len(self.loader),
-                         graph=device.type == "cuda" and not eager)  # fmt: skip
+                         use_graph=device.type == "cuda" and not eager)  # fmt: skip
         self.history: list[dict[str, float]] = []
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
@@ -337,14 +366,14 @@ class Trainer:
         self.ema.load_state_dict(state["ema"])
         groups = self.optimizer.state_dict()["param_groups"]  # the recipe's; on a GPU a graph follows their rate
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
-        for parameter, values in self.optimizer.state.items():
-            momentum = values.get("momentum_buffer")
-            if momentum is not None:
-                if momentum.shape != parameter.shape:
-                    raise ValueError("momentum")
-                values["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+        for parameter in self.model.parameters() if self.recipe["momentum"] else ():
+            momentum = self.optimizer.state[parameter]["momentum_buffer"]
+            if momentum.shape != parameter.shape or not momentum.isfinite().all():
+                raise ValueError("momentum")
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
         self.history = [dict(entry) for entry in state["history"]]
-        if not self.finite() or any("train_accuracy" not in entry for entry in self.history):
+        numbers = all(isinstance(value, (int, float)) for entry in self.history for value in entry.values())
+        if not self.finite() or not numbers or any("train_accuracy" not in entry for entry in self.history):
             raise ValueError("values")
 
     def finite(self) -> bool:
@@ -377,9 +406,11 @@ class TensorBoard:
         self.trainer, self.writer = trainer, summary_writer(folder)
         images, _ = next(iter(trainer.loader))
         self.writer.add_images("augmented digits", (images * utils.STD).clamp(0, 1))
+        for entry in trainer.history:  # of a resumed run, which may have had no board before
+            self.log_epoch(entry)
 
     def log_epoch(self, entry: dict[str, float]) -> None:
-        """Everything that `history.json` has of the epoch, and each weight tensor's histogram."""
+        """Everything that `history.json` has of the epoch."""
         epoch = int(entry["epoch"])
         for name, value in entry.items():
             if name not in ("epoch", "seconds", "dropout_factor"):
@@ -387,6 +418,9 @@ class TensorBoard:
                 self.writer.add_scalar(f"{rest}/{part}" if part in ("train", "val") else name, value, epoch)
         for block, rate in enumerate(self.trainer.model.dropout_rates[:4], 1):
             self.writer.add_scalar(f"dropout_rate/block{block}", rate * entry["dropout_factor"], epoch)
+
+    def log_weights(self, epoch: int) -> None:
+        """Each weight tensor's histogram."""
         for name, weights in self.trainer.averaged().named_parameters():
             self.writer.add_histogram(name, weights, epoch)
 
@@ -420,8 +454,6 @@ def train(recipe: dict[str, Any], train: Split, val: Split | None, out: Path, de
           args: argparse.Namespace) -> tuple[Net, list[dict[str, float]]]:  # fmt: skip
     """Train one network, writing last.pt and history.json each epoch; returns the averaged network and the history."""
     last = out / "last.pt"
-    if {last.resolve(), (out / "model.pt").resolve()} & {Path(teacher).resolve() for teacher in recipe["teacher"]}:
-        raise UserError(f"--teacher: this run would overwrite its teacher in {out}; choose another --out")
     trainer = Trainer(recipe, train, device, args.eager)
     inputs = files_learnt_from(args.data_dir, recipe)
     if args.resume and last.exists():
@@ -450,6 +482,7 @@ def train(recipe: dict[str, Any], train: Split, val: Split | None, out: Path, de
         print_epoch(entry)
         if board:
             board.log_epoch(entry)
+            board.log_weights(epoch + 1)
     if board:
         board.close()
     return trainer.averaged(), trainer.history
@@ -522,9 +555,11 @@ def summary_line(name: str, s: dict[str, float]) -> str:
 def run_several(args: argparse.Namespace, device: torch.device) -> None:
     """--runs N: consecutive seeds, each in a folder of its own, their table, summary and ensemble in runs.json."""
     results = []
-    for seed in counted(range(args.seed, args.seed + args.runs), "Runs"):
+    for i in counted(range(args.runs), "Runs"):
+        seed, folder = args.seed + i, run_folders(args)[i]
         tqdm.write(f"--- seed {seed}")
-        results.append(run_once(args, {**args.recipe, "seed": seed}, args.out / f"seed-{seed}", device))
+        with utils.locked(folder):
+            results.append(run_once(args, {**args.recipe, "seed": seed}, folder, device))
     ensemble = torch.stack([r["logits"].softmax(1) for r in results]).mean(0)
     columns = [name for name in ("val_accuracy", "test_accuracy") if name in results[0]]
     report: dict[str, Any] = {"recipe": args.recipe, "versions": utils.versions()}
@@ -556,7 +591,9 @@ def cross_validate(args: argparse.Namespace, device: torch.device) -> None:
         if args.dry_run:
             parts = tuple(shorten(part, args.recipe) for part in parts)
         recipe = {**args.recipe, "folds": args.folds, "fold": k + 1}
-        _, history = train(recipe, *parts, args.out / f"fold-{k + 1}", device, args)
+        folder = run_folders(args)[k]
+        with utils.locked(folder):
+            _, history = train(recipe, *parts, folder, device, args)
         entries.append(
             {"fold": k + 1, "train_size": len(parts[0].labels), "val_size": len(parts[1].labels), **history[-1]}
         )
@@ -597,6 +634,9 @@ def main() -> int:
 def start(args: argparse.Namespace, device: torch.device) -> int:
     """Do what the flags ask for; returns the exit status."""
     began = time.time()
+    for teacher in args.teacher:
+        if Path(teacher).resolve() in {(f / name).resolve() for f in run_folders(args) for name in CHECKPOINTS}:
+            raise UserError(f"--teacher: this run would overwrite its teacher {teacher}; choose another --out")
     try:
         if args.folds:
             cross_validate(args, device)

@@ -14,10 +14,13 @@ import platform
 import socket
 import struct
 import sys
+import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -40,7 +43,7 @@ MNIST_FILES = {
     "t10k-labels-idx1-ubyte": ("27ae3e4e09519cfbb04c329615203637", 1),
 }
 DOWNLOAD_TIMEOUT = 10  # seconds for a mirror to answer
-MAX_WIDTH = 64
+MAX_WIDTH = 32  # whose last.pt, 216 MiB, is well below MAX_CHECKPOINT_BYTES
 MAX_IMAGES = 1_000_000
 MAX_CHECKPOINT_BYTES = 512 * 2**20
 # What every checkpoint holds.
@@ -58,18 +61,35 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Call `main` and exit with its status; a UserError becomes one line on stderr and status 2."""
+    """Call `main` and exit with its status; what the machine or the user got wrong is one line on stderr, status 2."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
     except UserError as error:
-        sys.exit(_fail(str(error)))
+        status = _fail(str(error))
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
-        sys.exit(130)
+        status = 130
     except BrokenPipeError:  # `python test_model.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        status = 1
+        _discard_output()
+    except OSError as error:  # a log, say, on a full disk
+        status = _fail(f"{error.filename or 'output'}: {error.strerror or error}")
+        _discard_output()
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        status = _fail("out of memory; try a smaller --batch-size or --width, or --device cpu")
+    sys.exit(status)
+
+
+OUT_OF_MEMORY = "out of memory", "can't allocate memory"  # PyTorch's words, on a GPU and on a CPU
+
+
+def _discard_output() -> None:
+    """Send to nowhere what is still buffered for a standard output that takes no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:
@@ -133,7 +153,10 @@ def place(model: Net, device: torch.device) -> Net:
 
 
 def derive_seed(*numbers: int) -> int:
-    """One 64-bit seed from several numbers, so that (seed 1, epoch 2) and (seed 2, epoch 1) share nothing."""
+    """One 64-bit seed from several numbers, so that (seed 1, epoch 2) and (seed 2, epoch 1) share nothing.
+
+    A zero at the end changes nothing: (seed,) and (seed, 0) are the same.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
@@ -244,36 +267,47 @@ def _check_idx(path: Path) -> int:
 def _unpack(packed: Path, path: Path) -> None:
     """Decompress a gzipped IDX file, no further than its own header says; UserError if it is not one."""
     dims = MNIST_FILES[path.name][1]
-    try:
-        with gzip.open(packed) as file:
-            header = file.read(4 + 4 * dims)
-            size = math.prod(_parse_idx_header(header, dims, packed))
-            with replacing(path) as temporary, temporary.open("wb") as target:
-                target.write(header)
-                while size > 0 and (part := file.read(min(size, 2**20))):
-                    target.write(part)
-                    size -= len(part)
-                if size or file.read(1):
-                    raise UserError(f"{packed} does not hold what its header declares; delete it and run again")
-    except (EOFError, gzip.BadGzipFile, zipfile.zlib.error) as error:
-        raise UserError(f"{packed} is not a readable gzip file ({error}); delete it and run again") from error
+
+    def read(size: int) -> bytes:
+        try:
+            return file.read(size)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{packed} is not a readable gzip file ({error}); delete it and run again") from error
+
+    with gzip.open(packed) as file:
+        header = read(4 + 4 * dims)
+        size = math.prod(_parse_idx_header(header, dims, packed))
+        with replacing(path) as temporary, temporary.open("wb") as target:
+            target.write(header)
+            while size > 0 and (part := read(min(size, 2**20))):
+                target.write(part)
+                size -= len(part)
+            if size or read(1):
+                raise UserError(f"{packed} does not hold what its header declares; delete it and run again")
 
 
 def _download(data_dir: Path, raw: Path, missing: list[str]) -> None:
-    """Torchvision's own download, which gives up on a silent mirror after seconds; UserError if it fails."""
-    if raw.with_name("processed").exists():  # which torchvision would load instead, whatever it holds
-        raise UserError(f"no MNIST in {raw} but an old {raw.with_name('processed')}: delete that and run again")
+    """Torchvision's own download of the `missing` files, which gives up on a silent mirror after seconds.
+
+    It goes to a folder of its own first, so that files which are there stay as they are, and no half of a
+    file is ever in `raw`. UserError if it fails.
+    """
     print(f"Downloading MNIST to {raw}", file=sys.stderr)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    created = not data_dir.exists()
     try:
         from torchvision.datasets import MNIST  # here, because this import takes as long as PyTorch's own
 
-        MNIST(str(data_dir), download=True)
-    except (ImportError, OSError, RuntimeError) as error:
-        for folder in (raw, raw.parent, data_dir):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
+            MNIST(folder, download=True)
+            raw.mkdir(parents=True, exist_ok=True)
+            for name in missing:
+                os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
+    except (ImportError, OSError, RuntimeError, HTTPException) as error:
+        if created and data_dir.is_dir() and not any(data_dir.iterdir()):
+            data_dir.rmdir()
         raise UserError(
             f"no MNIST in {raw}: missing {', '.join(missing)} (or the same with .gz), and the download failed "
             f"({str(error).splitlines()[-1] if str(error) else type(error).__name__}); put the four files there, "
@@ -469,7 +503,11 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         if not os.path.isdir(path):  # which, unlike Path's, no name can break
             found.append(path)
             continue
-        files = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in readable and file.is_file())
+        everything = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+        files = sorted(
+            file for file in everything
+            if file.suffix.lower() in readable and not any(p.startswith(".") for p in file.relative_to(path).parts)
+        )  # fmt: skip
         found += files or [path]
     return found
 
@@ -817,6 +855,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     try:
         temporary = path.with_name(f".{path.name}.tmp")
+    except ValueError as error:
+        raise UserError(f"cannot write {path}: that is not a file's name") from error
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -828,8 +869,6 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"cannot write {path}: that is not a file's name") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     utils.add_checkpoint_flag(parser)
     add = parser.add_argument
     add("--out", type=Path, default=Path("plots"), metavar="DIR", help="(default: %(default)s)")
-    add("--max", type=in_range(int, 1, 500), default=50, metavar="N",
+    add("--max", type=in_range(int, 1, 400), default=50, metavar="N",
         help="mistakes or images to show at most (default: %(default)s)")  # fmt: skip
     add("--explain", action="store_true", help="also draw explain.png, filters.png and embedding.png")
     add("--images", type=Path, nargs="+", metavar="PATH",
@@ -425,8 +425,11 @@ def report(path: Path, text: str) -> None:
     print(f"{path!s:<{len(str(path.with_name('confusion_matrix.png')))}}  {text}", flush=True)
 
 
-def draw_errors(args: argparse.Namespace, model: Net, device: torch.device, keep: bool) -> int:
-    """The pictures of the test set, of the training and, with --explain, of the network's reasons."""
+def draw_errors(args: argparse.Namespace, model: Net, metrics: dict[str, Any], device: torch.device, keep: bool) -> int:
+    """The pictures of the test set, of the training and, with --explain, of the network's reasons.
+
+    The training's curves are drawn where history.json ends in the checkpoint's own `metrics`.
+    """
     history_path = args.checkpoint.with_name("history.json")
     history = read_history(history_path) if history_path.exists() else None
     split = utils.load_mnist(args.data_dir, train=False, device=device)
@@ -434,10 +437,13 @@ def draw_errors(args: argparse.Namespace, model: Net, device: torch.device, keep
 
     save(plot_errors(reading, args.max), args.out / "errors.png", keep)
     save(plot_confusion(reading), args.out / "confusion_matrix.png", keep)
-    if history:
-        save(plot_history(history), args.out / "training_curves.png", keep)
+    curves = args.out / "training_curves.png"
+    if not history:
+        report(curves, f"skipped: there is no {history_path}")
+    elif history[-1]["train_loss"] != metrics.get("train_loss"):
+        report(curves, f"skipped: {history_path} belongs to another training than {args.checkpoint.name}")
     else:
-        report(args.out / "training_curves.png", f"skipped: there is no {history_path}")
+        save(plot_history(history), curves, keep)
     if args.explain:
         save(plot_explanations(model, reading, device), args.out / "explain.png", keep)
         save(plot_filters(model, reading, device), args.out / "filters.png", keep)
@@ -485,9 +491,12 @@ def main() -> int:
         utils.warn("--show: no window can be opened here; the files are written all the same")
     if not windows:
         matplotlib.use("Agg")
-    model, _ = utils.load_model(args.checkpoint, device)
+    model, checkpoint = utils.load_model(args.checkpoint, device)
     with plt.style.context(["default", STYLE]):
-        status = draw_images(args, model, windows) if args.images else draw_errors(args, model, device, windows)
+        if args.images:
+            status = draw_images(args, model, windows)
+        else:
+            status = draw_errors(args, model, checkpoint["metrics"], device, windows)
         if windows:
             plt.show()
     return status

@@ -191,7 +191,7 @@ def main() -> int:
 
     contenders: dict[str, Callable[[], float]] = {
         f"reference: 2 workers, {threads} threads": reference(2, threads),
-        "reference, fastest: 1 worker, 1 thread": reference(1, 1),
+        "reference: 1 worker, 1 thread": reference(1, 1),
         f"train.py, {threads} threads": Ours(args.data_dir, device, threads, images, eager=False),
     }
     if device.type == "cuda":
@@ -207,7 +207,8 @@ def main() -> int:
     medians = {name: statistics.median(values) for name, values in times.items()}
 
     torch.set_num_threads(threads)
-    base, fastest, *_, floor = medians.values()
+    base, *_, floor = medians.values()
+    fastest = min(seconds for name, seconds in medians.items() if name.startswith("reference"))
     print(f"{machine(device)}; medians of {args.repeats}\n")
     print("| training | images/s | s/epoch | × reference | × fastest reference | of the floor |")
     print("|---|---:|---:|---:|---:|---:|")

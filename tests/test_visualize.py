@@ -111,6 +111,16 @@ def test_no_history(run: Callable, trained: Path, tmp_path: Path) -> None:
     assert f"skipped: there is no {tmp_path / 'history.json'}" in done.stdout
 
 
+def test_the_history_of_another_training_is_not_drawn(run: Callable, trained: Path, tmp_path: Path) -> None:
+    """A second training into the same folder, stopped early, leaves the first one's model.pt."""
+    shutil.copy(trained / "model.pt", tmp_path)
+    history = json.loads((trained / "history.json").read_text())
+    (tmp_path / "history.json").write_text(json.dumps(history[:1]))
+    done = run("visualize_errors.py", "--checkpoint", tmp_path / "model.pt", "--out", tmp_path / "plots")
+    assert_pictures(tmp_path / "plots", PICTURES[:2])
+    assert "history.json belongs to another training than model.pt" in done.stdout
+
+
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_hardly_any_mistakes(run: Callable, trained: Path, data_dir: Path, tmp_path: Path, wrong: int) -> None:
     """A test set relabelled with what the network reads, but for `wrong` of its labels."""
@@ -153,7 +163,7 @@ def test_bad_input_is_one_line(run: Callable, trained: Path, tmp_path: Path) -> 
     assert not (tmp_path / "plots").exists()
 
 
-@pytest.mark.parametrize("flags", [["--max", "0"], ["--max", "501"], ["--images", "a.png", "--explain"], ["--images"]])
+@pytest.mark.parametrize("flags", [["--max", "0"], ["--max", "401"], ["--images", "a.png", "--explain"], ["--images"]])
 def test_flags_are_refused_by_argparse(flags: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):
         viz.parse_args(flags)
