@@ -140,9 +140,10 @@ class Block(nn.Module):
         count = x.numel() // x.shape[1]
         x, mean, var = BatchNormMaxPool.apply(x, scale, norm.bias, norm.eps)
         with torch.no_grad():
-            norm.running_mean.lerp_(mean if sign is None else mean * sign, norm.momentum)
-            norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
             norm.num_batches_tracked += 1
+            weight = 1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+            norm.running_mean.lerp_(mean if sign is None else mean * sign, weight)
+            norm.running_var.lerp_(var * (count / (count - 1)), weight)
         return x
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import shlex
 import sys
 import tempfile
@@ -19,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import utils
@@ -26,6 +28,7 @@ from model import ACTIVATIONS, ADAPTIVE_POOLS, Net
 from utils import Augmentation, Loader, Split, UserError, in_range
 
 EMA_EVERY = 8  # steps between two updates of the weight average: a step moves the weights too little to notice
+STATISTICS = 5000  # training images, at most, on which the averaged network's normalisations are measured
 CHECK_EVERY = 50  # steps between two looks at the loss, each of which makes a GPU wait
 CHECKPOINTS = "last.pt", "model.pt"  # what a run writes: the whole state after each epoch, the network at the end
 VAL_SPLIT_SEED = 0  # the same images are held out whatever --seed says, so that runs compare
@@ -304,6 +307,8 @@ class Trainer:
         self.optimizer = utils.make_optimizer(self.model, recipe["lr"], recipe["momentum"], recipe["weight_decay"])
         augmentation = Augmentation(*(recipe[name] for name in Augmentation._fields))
         self.loader = Loader(train, recipe["batch_size"], augmentation, recipe["seed"])
+        sample = train.select(slice(None, None, math.ceil(len(train.labels) / STATISTICS)))
+        self.plain_loader = Loader(sample, batch_size=500)
         self.step = Step(self.model, self.optimizer, make_loss(recipe, device), len(self.loader),
                          use_graph=device.type == "cuda" and not eager)  # fmt: skip
         self.history: list[dict[str, float]] = []
@@ -325,6 +330,7 @@ class Trainer:
             if (i + 1) % CHECK_EVERY == 0 or i + 1 == steps:
                 loss, accuracy = self.progress(i + 1, epoch)
                 bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2f}%", refresh=False)
+        update_bn(self.plain_loader, self.ema.module)  # digits to be read are not augmented: theirs differ
         return {
             "epoch": epoch + 1, "learning_rate": self.learning_rate(epoch * steps), "dropout_factor": factor,
             "train_loss": loss, "train_accuracy": accuracy, "seconds": time.perf_counter() - start,

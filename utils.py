@@ -170,8 +170,8 @@ class Split(NamedTuple):
     images: Tensor
     labels: Tensor
 
-    def select(self, index: Tensor) -> Split:
-        """The images and labels at `index` (M,)."""
+    def select(self, index: Tensor | slice) -> Split:
+        """The images and labels at `index`, indices or flags as a tensor, or a slice."""
         return Split(self.images[index], self.labels[index])
 
 
@@ -827,20 +827,20 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def make_ema(model: Net, updates: float) -> AveragedModel:
-    """Exponential moving average of weights and running statistics over about `updates` updates.
+    """Exponential moving average of the weights, without dropout, over about `updates` updates.
 
-    It starts as a plain mean: the average is never older than a tenth of what it has seen.
+    It starts as a plain mean: the average is never older than a tenth of what it has seen. The running
+    statistics of its normalisations are not averaged: `torch.optim.swa_utils.update_bn` measures them.
     """
 
     def average(averages: Sequence[Tensor], values: Sequence[Tensor], seen: Tensor | int) -> None:
         weight = max(1 / updates, 1 / (1 + 0.1 * float(seen)))
         for average, value in zip(averages, values):
-            if average.is_floating_point():
-                average.lerp_(value, weight)
-            else:
-                average.copy_(value)
+            average.lerp_(value, weight)
 
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    ema = AveragedModel(model, multi_avg_fn=average)
+    ema.module.scale_dropout(0)
+    return ema
 
 
 # ---------------------------------------------------------------------------------------------------------------------

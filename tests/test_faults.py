@@ -297,24 +297,32 @@ def test_zip_bomb_and_endless_entries(tmp_path: Path) -> None:
         utils.load_checkpoint(path)
 
 
-def test_damaged_training_state_is_not_resumed(run, trained: Path, tmp_path: Path) -> None:
+def test_damaged_training_state_is_not_resumed(
+    run, trained: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train
+
     checkpoint = utils.load_checkpoint(trained / "last.pt")
     training = checkpoint["training"]
     broken: list[dict[str, Any]] = [
         {**training, "weights": {**training["weights"], "fc2.bias": torch.full((10,), float("nan"))}},
         {**training, "optimizer": {}},
+        {**training, "optimizer": {**training["optimizer"], "state": {}}},
         {**training, "history": []},
         {**training, "ema": {**training["ema"], "module.fc2.bias": torch.full((10,), float("inf"))}},
     ]
     crafted = [{**checkpoint, "training": state} for state in broken]
     crafted.append({**checkpoint, "recipe": {**checkpoint["recipe"], "width": 10**6}})
     crafted.append({**checkpoint, "recipe": {**checkpoint["recipe"], "activation": "foo"}})
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--data-dir", str(data_dir), "--out", str(tmp_path)])
     for contents in crafted:
         torch.save(contents, tmp_path / "last.pt")
         before = (tmp_path / "last.pt").read_bytes()
-        done = run("train.py", "--resume", "--out", tmp_path, status=2)
-        assert "cannot be resumed" in done.stderr.splitlines()[-1]
+        with pytest.raises(UserError, match="cannot be resumed"):
+            train.main()
         assert (tmp_path / "last.pt").read_bytes() == before
+    done = run("train.py", "--resume", "--out", tmp_path, status=2)
+    assert "cannot be resumed" in done.stderr.splitlines()[-1]
 
 
 def spoil(node: Any, rng: random.Random) -> None:

@@ -76,15 +76,18 @@ def test_fused_batch_norm_and_pool_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *args: BatchNormMaxPool.apply(*args, 1e-5)[0], (x, weight, bias))
 
 
-def test_fused_block_equals_the_plain_layers_with_scales_of_both_signs() -> None:
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_fused_block_equals_the_plain_layers_with_scales_of_both_signs(momentum: float | None) -> None:
     """Output, gradients and running statistics of a block in training, against conv, BatchNorm2d and MaxPool2d."""
     torch.manual_seed(0)
     block = Block(3, 6, 3, pool=True, activation="relu", dropout=0.0).double().train()
+    block.norm.num_batches_tracked += 3
     with torch.no_grad():
         block.norm.weight.copy_(torch.tensor([1.0, -0.7, 0.3, -2.0, 0.0, 1.5]))
         block.norm.bias.normal_()
     plain = Block(3, 6, 3, pool=True, activation="relu", dropout=0.0).double().train()
     plain.load_state_dict(block.state_dict())
+    block.norm.momentum = plain.norm.momentum = momentum
     x = torch.randn(8, 3, 10, 10, dtype=torch.double)
     y_fused = block(x)
     y_plain = plain.act(plain.pool(plain.norm(plain.conv(x))))
@@ -266,21 +269,31 @@ def test_optimizer_is_nesterov_sgd_by_hand() -> None:
         assert parameter.weight.item() == pytest.approx(w, rel=1e-5)
 
 
-def test_ema_by_hand_with_buffers() -> None:
+def test_ema_by_hand() -> None:
     model = Net()
     ema = utils.make_ema(model, updates=4)
     expected = None
     for step in range(60):
         model.fc2.bias.data.fill_(float(step))
-        model.block1.norm.running_mean.fill_(-float(step))
-        model.block1.norm.num_batches_tracked.fill_(step)
         ema.update_parameters(model)
         weight = 1.0 if step == 0 else max(1 / 4, 1 / (1 + 0.1 * step))
         expected = float(step) if expected is None else expected + weight * (step - expected)
     assert ema.module.fc2.bias[0].item() == pytest.approx(expected, rel=1e-4)
-    assert ema.module.block1.norm.running_mean[0].item() == pytest.approx(-expected, rel=1e-4)
-    assert ema.module.block1.norm.num_batches_tracked.item() == 59
     assert 55 < expected < 57  # 4 updates long: about 3 behind
+
+
+def test_statistics_of_the_averaged_network_are_those_of_plain_digits(split: Split) -> None:
+    import train
+
+    trainer = train.Trainer(train.parse_args(["--epochs", "1"]).recipe, split, torch.device("cpu"))
+    trainer.train_epoch(0)
+    model = trainer.averaged()
+    x, _ = next(iter(Loader(split, 230)))
+    for block in model.blocks():
+        outputs = block.conv(x)
+        torch.testing.assert_close(block.norm.running_mean, outputs.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(block.norm.running_var, outputs.var((0, 2, 3)), rtol=1e-3, atol=1e-4)
+        x = block.eval()(x)
 
 
 def test_predict_and_accuracy(split: Split) -> None:
