@@ -891,7 +891,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     buffer = io.BytesIO()  # in memory first: torch.save reports a full disk in its own, longer words
     torch.save(checkpoint, buffer)
     with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+        temporary.write_bytes(buffer.getvalue())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
