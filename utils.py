@@ -898,7 +898,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of `train.py`, never running code from it; UserError if it is not a whole and sound one."""
     _check_archive(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch wonders at damaged headers before it refuses them
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is refused: it holds more than plain data and could run code when loaded") from error
     except Exception as error:  # a damaged archive makes torch raise nearly anything
