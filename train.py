@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import math
 import shlex
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from model import ACTIVATIONS, ADAPTIVE_POOLS, Net
 from utils import Augmentation, Loader, Split, UserError, in_range
 
 EMA_EVERY = 8  # steps between two updates of the weight average: a step moves the weights too little to notice
-STATISTICS = 5000  # training images, at most, on which the averaged network's normalisations are measured
+PLAIN_EVERY = 12  # the averaged network's normalisations are measured on one training image in so many
 CHECK_EVERY = 50  # steps between two looks at the loss, each of which makes a GPU wait
 CHECKPOINTS = "last.pt", "model.pt"  # what a run writes: the whole state after each epoch, the network at the end
 VAL_SPLIT_SEED = 0  # the same images are held out whatever --seed says, so that runs compare
@@ -307,8 +306,7 @@ class Trainer:
         self.optimizer = utils.make_optimizer(self.model, recipe["lr"], recipe["momentum"], recipe["weight_decay"])
         augmentation = Augmentation(*(recipe[name] for name in Augmentation._fields))
         self.loader = Loader(train, recipe["batch_size"], augmentation, recipe["seed"])
-        sample = train.select(slice(None, None, math.ceil(len(train.labels) / STATISTICS)))
-        self.plain_loader = Loader(sample, batch_size=500)
+        self.plain_loader = Loader(train.select(slice(None, None, PLAIN_EVERY)), batch_size=500)
         self.step = Step(self.model, self.optimizer, make_loss(recipe, device), len(self.loader),
                          use_graph=device.type == "cuda" and not eager)  # fmt: skip
         self.history: list[dict[str, float]] = []
