@@ -291,8 +291,8 @@ def test_statistics_of_the_averaged_network_are_those_of_plain_digits(split: Spl
     x, _ = next(iter(Loader(split.select(slice(None, None, train.PLAIN_EVERY)), 230)))
     for block in model.blocks():
         outputs = block.conv(x)
-        torch.testing.assert_close(block.norm.running_mean, outputs.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(block.norm.running_var, outputs.var((0, 2, 3)), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(block.norm.running_mean, outputs.mean((0, 2, 3)), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(block.norm.running_var, outputs.var((0, 2, 3)), rtol=1e-2, atol=1e-3)
         x = block.eval()(x)
 
 
