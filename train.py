@@ -3,450 +3,295 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import shlex
+import math
+import os
+import re
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from functools import partial
+import zlib
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import utils
 from model import ACTIVATIONS, ADAPTIVE_POOLS, Net
-from utils import Augmentation, Loader, Split, UserError, in_range
+from utils import Augmentation, Loader, Split, UserError, at_least
 
-EMA_EVERY = 8  # steps between two updates of the weight average: a step moves the weights too little to notice
+AVERAGE_EVERY = 8  # steps between two updates of the weight average: a step moves the weights too little to notice
 PLAIN_EVERY = 12  # the averaged network's normalisations are measured on one training image in so many
 CHECK_EVERY = 50  # steps between two looks at the loss, each of which makes a GPU wait
-CHECKPOINTS = "last.pt", "model.pt"  # what a run writes: the whole state after each epoch, the network at the end
-VAL_SPLIT_SEED = 0  # the same images are held out whatever --seed says, so that runs compare
+SPLIT_SEED = 0  # the same images are held out whatever --seed says, so that runs compare
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; with --resume, hyperparameters that it does not name come from the checkpoint."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe and the command line
+
+
+def setting(
+    default: Any, help: str, low: float = 0, high: float = math.inf, *, kind: type | None = None,
+    nargs: int | str | None = None, choices: tuple | None = None,
+) -> Any:  # fmt: skip
+    """A field of the recipe: its default, what --help says of it, its range, and argparse's words for the rest."""
+    rule = {"help": help, "low": low, "high": high, "kind": kind or type(default), "nargs": nargs, "choices": choices}
+    return field(default=default, metadata=rule)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a trained network depends on beside the data: train.py's flags, and what a checkpoint stores.
+
+    Raises UserError for a value out of range, whether it comes from a flag or from a file.
+    """
+
+    epochs: int = setting(20, "passes over the training images", 1, 100_000)
+    batch_size: int = setting(64, "images in a step", 2, 65_536)
+    lr: float = setting(0.015, "learning rate of the first step", 1e-12, 1e6)
+    peak_lr: float = setting(0.15, "highest learning rate of the cycle", 1e-12, 1e6)
+    warmup: float = setting(0.2, "fraction of the run that rises to it", 0, 1)
+    momentum: float = setting(0.9, "Nesterov momentum", 0, 0.9999)
+    weight_decay: float = setting(1e-4, "L2 penalty", 0, 1)
+    ema: float = setting(2500.0, "steps of the moving average of the weights that is saved; 1 for the last step's", 1)
+    dropout: tuple = setting(
+        (0.1, 0.2, 0.3, 0.4), "dropout rates of the four blocks at the start", 0, 0.95, kind=float, nargs=4
+    )
+    fc_dropout: float = setting(0.4, "dropout rate between the linear layers at the start", 0, 0.95)
+    dropout_until: float = setting(
+        0.4, "fraction of the run in which all dropout rates fall linearly to 0; 1 keeps them constant", 0, 1
+    )
+    rotation: float = setting(10.0, "augmentation: degrees, either way", 0, 180)
+    scale: float = setting(0.1, "augmentation: 0.1 is 0.9 to 1.1", 0, 0.9)
+    translate: float = setting(0.05, "augmentation: fraction of the side, either way", 0, 1)
+    shear: float = setting(10.0, "augmentation: degrees, either way", 0, 60)
+    elastic: float = setting(
+        0.35, "augmentation: elastic distortion, standard deviation in pixels of a coarse grid's points", 0, 10
+    )
+    width: int = setting(1, "times as many channels: a teacher", 1, utils.MAX_WIDTH)
+    activation: str = setting("silu", "after each convolution", choices=tuple(ACTIVATIONS))
+    adaptive_pool: str = setting("max", "between the blocks and the linear layers", choices=tuple(ADAPTIVE_POOLS))
+    teacher: tuple = setting(
+        (), "checkpoints whose mean prediction the network also learns from (distillation)", kind=str, nargs="+"
+    )
+    temperature: float = setting(1.0, "of the distillation", 1e-3, 1e3)
+    distill_weight: float = setting(0.7, "of the teachers in the loss", 0, 1)
+    val_size: int = setting(0, "hold out so many training images, stratified, and report on them each epoch")
+    folds: int = setting(0, "cross-validation with so many stratified folds of the training images")
+    fold: int = setting(0, "with --folds, hold out only fold number 1 to FOLDS")
+    threads: int = setting(
+        1, "CPU threads; a second one brings 45%% on a quiet machine, and makes it many times slower on a busy one;"
+        " the bits of the result depend on them", 1, 1024,
+    )  # fmt: skip
+    seed: int = setting(0, "of weights, order, augmentation and dropout", 0, 2**31)
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value, rule = getattr(self, setting.name), setting.metadata
+            values = value if isinstance(value, tuple) else (value,)
+            typed = type(value) is type(setting.default) and all(type(v) is rule["kind"] for v in values)
+            if not typed or rule["nargs"] not in (None, "+", len(values)):
+                raise UserError(f"{flag(setting.name)} {value!r}: expected a value like {setting.default!r}")
+            if rule["choices"] and value not in rule["choices"]:
+                raise UserError(f"{flag(setting.name)} {value}: choose from {', '.join(rule['choices'])}")
+            if rule["kind"] is not str and not all(rule["low"] <= v <= rule["high"] for v in values):
+                raise UserError(f"{flag(setting.name)} {show(value)} is not from {rule['low']} to {rule['high']}")
+        if self.lr > self.peak_lr:
+            raise UserError(f"--lr {self.lr} is above --peak-lr {self.peak_lr}: the cycle rises from one to the other")
+        if self.folds == 1 or self.fold > self.folds:
+            raise UserError(f"--folds {self.folds} --fold {self.fold}: there must be 2 folds or more, counted from 1")
+        if self.folds and self.val_size:
+            raise UserError("--folds does not go with --val-size: each fold is held out in its turn")
+
+
+def flag(name: str) -> str:
+    """The flag of the recipe's field `name`."""
+    return "--" + name.replace("_", "-")
+
+
+def show(value: Any) -> str:
+    """A setting's value as one types it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The command line, and in a dict of its own what it says of the recipe."""
     parser = argparse.ArgumentParser(description="Train the 16,966-parameter CNN on MNIST.")
-    positive, fraction = in_range(float, 1e-12, 1e30), in_range(float, 0, 1)
-    rate = in_range(float, 0, 0.95)
-
     recipe = parser.add_argument_group("recipe (saved in the checkpoint)")
-    add = recipe.add_argument
-    add(
-        "--epochs",
-        type=in_range(int, 1, 100_000),
-        default=20,
-        help="passes over the training images (default: %(default)s)",
-    )
-    add("--batch-size", type=in_range(int, 2, 65_536), default=64, help="images in a step (default: %(default)s)")
-    add("--lr", type=positive, default=0.015, help="learning rate of the first step (default: %(default)s)")
-    add("--peak-lr", type=positive, default=0.15, help="highest learning rate of the cycle (default: %(default)s)")
-    add("--warmup", type=fraction, default=0.2, help="fraction of the run that rises to it (default: %(default)s)")
-    add("--momentum", type=in_range(float, 0, 0.9999), default=0.9, help="Nesterov momentum (default: %(default)s)")
-    add("--weight-decay", type=in_range(float, 0), default=1e-4, help="L2 penalty (default: %(default)s)")
-    add("--label-smoothing", type=fraction, default=0.0, help="(default: %(default)s)")
-    add("--ema", type=in_range(float, 1), default=2500.0, metavar="STEPS",
-        help="length of the moving average of the weights that is saved; 1 saves the last step's "
-        "(default: %(default)s)")  # fmt: skip
-    add("--dropout", type=rate, nargs=4, default=[0.1, 0.2, 0.3, 0.4], metavar="P",
-        help="dropout rates of the four blocks at the start (default: 0.1 0.2 0.3 0.4)")  # fmt: skip
-    add("--fc-dropout", type=rate, default=0.4, metavar="P",
-        help="dropout rate between the linear layers at the start (default: %(default)s)")  # fmt: skip
-    add("--dropout-until", type=fraction, default=0.4, metavar="FRACTION",
-        help="fraction of the run in which all dropout rates fall linearly to 0; 1 keeps them constant "
-        "(default: %(default)s)")  # fmt: skip
-    add("--rotation", type=in_range(float, 0, 180), default=10.0, help="degrees, either way (default: %(default)s)")
-    add("--scale", type=in_range(float, 0, 0.9), default=0.1, help="0.1 is 0.9 to 1.1 (default: %(default)s)")
-    add("--translate", type=fraction, default=0.05, help="fraction of the side, either way (default: %(default)s)")
-    add("--shear", type=in_range(float, 0, 60), default=10.0, help="degrees, either way (default: %(default)s)")
-    add("--elastic", type=in_range(float, 0, 10), default=0.35,
-        help="elastic distortion: standard deviation, in pixels, of a coarse grid's points "
-        "(default: %(default)s)")  # fmt: skip
-    add(
-        "--width",
-        type=in_range(int, 1, utils.MAX_WIDTH),
-        default=1,
-        help="times as many channels: a teacher (default: 1)",
-    )
-    add("--activation", choices=tuple(ACTIVATIONS), default="silu", help="(default: %(default)s)")
-    add("--adaptive-pool", choices=tuple(ADAPTIVE_POOLS), default="max", help="(default: %(default)s)")
-    add("--teacher", type=str, nargs="+", default=[], metavar="PATH",
-        help="checkpoints whose mean prediction the network also learns from (distillation)")  # fmt: skip
-    add("--temperature", type=positive, default=1.0, help="of the distillation (default: %(default)s)")
-    add("--distill-weight", type=fraction, default=0.7, help="of the teacher in the loss (default: %(default)s)")
-    add("--seed", type=in_range(int, 0, 2**31), help="of weights, order, augmentation, dropout (default: 0)")
-    add("--val-size", type=in_range(int, 0), default=0, metavar="N",
-        help="hold out N training images, stratified, and report on them each epoch (default: 0)")  # fmt: skip
-    names = [action.dest for action in recipe._group_actions]
-
+    for setting in fields(Recipe):
+        rule = setting.metadata
+        recipe.add_argument(
+            flag(setting.name), type=rule["kind"], nargs=rule["nargs"], choices=rule["choices"],
+            metavar=None if rule["choices"] else rule["kind"].__name__.upper(), default=argparse.SUPPRESS,
+            help=f"{rule['help']} (default: {show(setting.default) or 'none'})",
+        )  # fmt: skip
     utils.add_common_flags(parser)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("checkpoints"), metavar="DIR", help="(default: checkpoints)")
+    add("--out", type=Path, default=Path("checkpoints"), metavar="DIR", help="(default: %(default)s)")
     add("--resume", action="store_true", help="go on from last.pt in --out, or start if there is none")
-    add("--runs", type=in_range(int, 1), default=1, metavar="N", help="train N times, with consecutive seeds")
-    add("--folds", type=in_range(int, 2), metavar="K", help="K-fold cross-validation on the training images")
-    add("--threads", type=in_range(int, 1, 1024), default=torch.get_num_threads(), metavar="N",
-        help="CPU threads; the bits of the result depend on them (default: one a core, here %(default)s)")  # fmt: skip
+    add("--runs", type=at_least(1), default=1, metavar="N", help="train N times, with consecutive seeds")
+    add("--jobs", type=at_least(1), metavar="J",
+        help="of --runs or --folds, train J at a time (default: as many as there are cores for; on a GPU 1)")  # fmt: skip
     add("--tensorboard", type=Path, nargs="?", const=Path("runs"), metavar="DIR",
-        help="write curves, weights, images and hyperparameters for TensorBoard (default DIR: runs)")  # fmt: skip
-    add("--eager", action="store_true", help="on a GPU, launch each kernel by itself instead of one CUDA graph a step")
+        help="write curves, images and hyperparameters for TensorBoard (default DIR: runs)")  # fmt: skip
     add("--dry-run", action="store_true", help="a few steps of everything; keeps nothing")
-
     args = parser.parse_args(argv)
-    if args.folds and (args.runs > 1 or args.val_size):
-        parser.error("--folds goes with neither --runs nor --val-size")
-    parser.set_defaults(seed=first_seed(args.out) if args.resume and args.runs > 1 else 0)
-    args = parser.parse_args(argv)
-    if args.resume and (saved := first_checkpoint(args)):
-        stored = saved_recipe(saved, parser, [*names, "threads"])
-        if args.runs > 1:  # each has its own
-            del stored["seed"]
-        parser.set_defaults(**stored)
-        args = parser.parse_args(argv)
-        for name, value in stored.items():
-            if getattr(args, name) != value:
-                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-                parser.error(f"{flag}: {saved} was made with {value}, and --resume keeps it")
-    args.recipe = {name: getattr(args, name) for name in names}
-    return args
+    given = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if args.runs > 1 and given.get("folds"):
+        parser.error("--runs does not go with --folds")
+    return args, given
 
 
-def run_folders(args: argparse.Namespace) -> list[Path]:
-    """Where the run, or each of several runs or folds, keeps its files."""
-    if args.folds:
-        return [args.out / f"fold-{k + 1}" for k in range(args.folds)]
-    if args.runs > 1:
-        return [args.out / f"seed-{args.seed + i}" for i in range(args.runs)]
-    return [args.out]
-
-
-def first_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The first last.pt in `run_folders`; None if there is none."""
-    return next((folder / "last.pt" for folder in run_folders(args) if (folder / "last.pt").exists()), None)
-
-
-def first_seed(out: Path) -> int:
-    """The lowest seed of which `--runs` has begun a run in `out`; 0 if there is none."""
-    names = [path.parent.name.partition("-")[2] for path in out.glob("seed-*/last.pt")]
-    return min((int(name) for name in names if name.isdecimal()), default=0)
-
-
-def saved_recipe(path: Path, parser: argparse.ArgumentParser, names: list[str]) -> dict[str, Any]:
-    """The flags `names` as the checkpoint at `path` has them, held to the parser's rules; UserError if broken."""
-    checkpoint = utils.load_checkpoint(path)
-    training = checkpoint.get("training")
-    stored = {**checkpoint["recipe"], "threads": training.get("threads") if isinstance(training, dict) else None}
-    words: list[str] = []
-    for name in names:
-        value = stored.get(name)
-        values = value if isinstance(value, list) else [value]
-        if values:  # there may be no teachers
-            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+def choose_recipe(given: dict[str, Any], last: Path | None) -> Recipe:
+    """The recipe with the flags `given`, or that of the checkpoint `last`; UserError if the two disagree."""
+    if last is None:
+        return Recipe(**given)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            flags = parser.parse_args(words)
-    except SystemExit as error:
-        raise UserError(f"{path} cannot be resumed: its recipe is damaged, or of another version") from error
-    return {name: getattr(flags, name) for name in names}
+        recipe = Recipe(**utils.load_checkpoint(last)["recipe"])
+    except TypeError as error:
+        raise UserError(f"{last} cannot be resumed: its recipe is of another version of train.py") from error
+    for name, value in given.items():
+        stored = getattr(recipe, name)
+        if stored != value:
+            raise UserError(f"{flag(name)} {show(value)}: {last} was made with {show(stored)}, and --resume keeps it")
+    return recipe
 
 
-class Step:
-    """One step of SGD: forward, loss, backward, update. On a GPU it is captured as a CUDA graph and replayed.
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
 
-    Called with x float (B, 1, 28, 28) and y (B,). The losses of the epoch's steps and the number of
-    correct predictions stay on the device, in `losses` and `correct`, until somebody asks.
-    """
 
-    WARMUP = 3  # steps before a capture, in which libraries choose their kernels
+@dataclass
+class Run:
+    """What changes from step to step, and what last.pt must hold; each epoch seeds its own random numbers."""
 
-    def __init__(
-        self, model: Net, optimizer: torch.optim.Optimizer, loss_fn: Callable, steps: int, use_graph: bool
-    ) -> None:
-        self.model, self.optimizer, self.loss_fn, self.use_graph = model, optimizer, loss_fn, use_graph
-        device = next(model.parameters()).device
-        self.losses = torch.zeros(steps, device=device)
-        self.index = torch.zeros((), dtype=torch.long, device=device)
-        self.correct = torch.zeros((), dtype=torch.long, device=device)
-        self.graph, self.done, self.dropout = None, 0, None
-        self.stream = torch.cuda.Stream(device) if use_graph else None
+    model: Net
+    average: utils.WeightAverage
+    optimizer: torch.optim.SGD
+    history: list[dict[str, float]]
 
-    def begin_epoch(self, dropout: float) -> None:
-        """Zero the counters and scale the dropout rates, which a graph holds as constants, by `dropout`."""
-        self.model.train()
-        if dropout != self.dropout:
-            self.model.scale_dropout(dropout)
-            self.graph, self.dropout = None, dropout
-        for counter in (self.losses, self.index, self.correct):
-            counter.zero_()
 
-    def __call__(self, x: Tensor, y: Tensor) -> None:
-        self.done += 1
-        if not self.use_graph:
-            self._step(x, y)
-            return
-        if self.done <= self.WARMUP:
-            self._on_side_stream(x, y)
-            return
-        if self.graph is None:
-            self._capture(x, y)
-        if x.shape == self.x.shape:
-            self.x.copy_(x)
-            self.y.copy_(y)
-            self.graph.replay()
-        else:  # the last, smaller batch
-            self._step(x, y)
+def begin(recipe: Recipe, device: torch.device) -> Run:
+    """A run before its first step."""
+    torch.manual_seed(utils.derive_seed(recipe.seed, 0, 2))
+    model = Net(recipe.width, recipe.activation, recipe.adaptive_pool, recipe.dropout, recipe.fc_dropout)
+    model = utils.place(model, device)
+    average = utils.WeightAverage(model, recipe.ema / AVERAGE_EVERY)
+    return Run(model, average, utils.make_optimizer(model, recipe.lr, recipe.momentum, recipe.weight_decay), [])
 
-    def _step(self, x: Tensor, y: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        logits = self.model(x)
-        loss = self.loss_fn(logits, y, x)
+
+def train_epoch(run: Run, train_loader: Loader, loss_fn: Callable, recipe: Recipe, epoch: int) -> dict[str, float]:
+    """Train epoch number `epoch` (from 0) and say how it went; UserError if the loss stops being finite."""
+    start, steps = time.perf_counter(), len(train_loader)
+    run.model.train()
+    torch.manual_seed(utils.derive_seed(recipe.seed, epoch, 1))  # dropout
+    train_loader.set_epoch(epoch)
+    total_loss, correct = torch.zeros(2, device=train_loader.split.labels.device)
+    seen = 0
+    bar = tqdm(train_loader, f"Epoch {epoch + 1}/{recipe.epochs}", leave=False, disable=None, dynamic_ncols=True)
+    for step, (images, labels) in enumerate(bar, 1):
+        done = epoch * steps + step - 1
+        run.optimizer.param_groups[0]["lr"] = learning_rate(done, steps, recipe)
+        run.model.scale_dropout(dropout_factor(done / (recipe.epochs * steps), recipe.dropout_until))
+        run.optimizer.zero_grad()
+        logits = run.model(images)
+        loss = loss_fn(logits, labels, images)
         loss.backward()
-        self.optimizer.step()
-        self.losses.scatter_(0, self.index.view(1), loss.detach().view(1))
-        self.index += 1
-        self.correct += (logits.detach().argmax(1) == y).sum()
+        run.optimizer.step()
+        if step % AVERAGE_EVERY == 0 or step == steps:
+            run.average.update(run.model)
 
-    def _on_side_stream(self, x: Tensor, y: Tensor) -> None:
-        """A warm-up step, away from the default stream, as torch.cuda.graph asks for."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self._step(x, y)
-        torch.cuda.current_stream().wait_stream(self.stream)
-
-    def _capture(self, x: Tensor, y: Tensor) -> None:
-        """Record the step without running it; UserError where that cannot be done."""
-        self.x, self.y, graph = x.clone(), y.clone(), torch.cuda.CUDAGraph()
-        self.optimizer.zero_grad(set_to_none=True)
-        try:
-            with torch.cuda.graph(graph):
-                self._step(self.x, self.y)
-        except RuntimeError as error:
-            raise UserError(f"no CUDA graph on this machine ({str(error).splitlines()[0]}); add --eager") from error
-        self.graph = graph
+        total_loss += loss.detach() * len(labels)
+        correct += (logits.argmax(1) == labels).sum()
+        seen += len(labels)
+        if step % CHECK_EVERY == 0 or step == steps:
+            mean_loss, accuracy = total_loss.item() / seen, 100 * correct.item() / seen
+            if not math.isfinite(mean_loss):
+                raise UserError(f"the loss is {mean_loss} in epoch {epoch + 1}; try a lower --peak-lr")
+            bar.set_postfix(loss=f"{mean_loss:.4f}", accuracy=f"{accuracy:.2f}%", refresh=False)
+    return {
+        "epoch": epoch + 1, "learning_rate": learning_rate(epoch * steps, steps, recipe), 
+        "dropout_factor": dropout_factor(epoch / recipe.epochs, recipe.dropout_until),
+        "train_loss": mean_loss, "train_accuracy": accuracy, "seconds": time.perf_counter() - start,
+    }  # fmt: skip
 
 
-def classification_loss(logits: Tensor, labels: Tensor, _images: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy of logits (B, 10) with labels (B,)."""
-    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+def learning_rate(step: int, steps_an_epoch: int, recipe: Recipe) -> float:
+    """Learning rate of step number `step` (from 0) of the run."""
+    return utils.one_cycle(step, recipe.epochs * steps_an_epoch, recipe.lr, recipe.peak_lr, recipe.warmup)
 
 
-def distillation_loss(
-    logits: Tensor, labels: Tensor, images: Tensor, *, teachers: list[Net], temperature: float, weight: float,
-    label_smoothing: float,
-) -> Tensor:  # fmt: skip
-    """Hinton et al. (2015): cross-entropy with the labels and, by `weight`, with the teachers' softened mean.
+def dropout_factor(progress: float, until: float) -> float:
+    """What all dropout rates are multiplied by at `progress` (0 to 1) of the run: 1 falling to 0 at `until`.
 
-    The teachers see the same augmented images (B, 1, 28, 28). The second term is scaled by
-    temperature squared, which keeps its gradient's size.
+    Early dropout, after Liu et al., "Dropout Reduces Underfitting" (ICML 2023); an `until` of 1 keeps it at 1.
     """
-    with torch.no_grad():
-        target = torch.stack([F.softmax(teacher(images) / temperature, 1) for teacher in teachers]).mean(0)
-    soft = F.cross_entropy(logits / temperature, target) * temperature**2
-    return (1 - weight) * classification_loss(logits, labels, images, label_smoothing) + weight * soft
+    if until in (0, 1):
+        return until
+    return max(0.0, 1 - progress / until)
 
 
-def make_loss(recipe: dict[str, Any], device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """loss(logits, labels, images) of the recipe."""
-    smoothing = recipe["label_smoothing"]
-    if not recipe["teacher"]:
-        return partial(classification_loss, label_smoothing=smoothing)
+def make_loss(recipe: Recipe, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """loss_fn(logits (B, 10), labels (B,), images (B, 1, 28, 28)) of the recipe.
+
+    With teachers, after Hinton et al. (2015): cross-entropy with the labels and, by `distill_weight`, with the
+    teachers' softened mean, times temperature squared, which keeps the size of its gradient.
+    """
+    if not recipe.teacher:
+        return lambda logits, labels, images: F.cross_entropy(logits, labels)
     teachers = []
-    for path in recipe["teacher"]:
+    for path in recipe.teacher:
         teacher, checkpoint = utils.load_model(Path(path), device)
-        teachers.append(fold_norms(teacher))
-        if held_out(recipe) and held_out(checkpoint["recipe"]) != held_out(recipe):
+        teachers.append(teacher)
+        held_out = ("val_size", "folds", "fold")
+        if any(getattr(recipe, name) not in (0, checkpoint["recipe"].get(name)) for name in held_out):
             utils.warn(f"{path} may have been trained on images that are held out here: validation will look too good")
-    return partial(
-        distillation_loss, teachers=teachers, temperature=recipe["temperature"], weight=recipe["distill_weight"],
-        label_smoothing=smoothing,
-    )  # fmt: skip
+
+    def distillation_loss(logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = torch.stack([F.softmax(teacher(images) / recipe.temperature, 1) for teacher in teachers]).mean(0)
+        soft = F.cross_entropy(logits / recipe.temperature, target) * recipe.temperature**2
+        return torch.lerp(F.cross_entropy(logits, labels), soft, recipe.distill_weight)
+
+    return distillation_loss
 
 
-def held_out(recipe: dict[str, Any]) -> tuple:
-    """Which training images a run with `recipe` does not see: the same for the same value, all seen if empty."""
-    if "fold" in recipe:
-        return recipe["folds"], recipe["fold"]
-    return (recipe["val_size"],) if recipe.get("val_size") else ()
-
-
-def fold_norms(model: Net) -> Net:
-    """`model`, in eval mode, with each normalisation folded into the convolution before it: the same, but faster."""
-    for block in model.blocks():
-        block.conv = fuse_conv_bn_eval(block.conv, block.norm)
-        block.norm = nn.Identity()
-    return model
-
-
-def dropout_factor(epoch: int, epochs: int, until: float) -> float:
-    """What the dropout rates of `epoch` (from 0) are multiplied by: 1 falling to 0 at the fraction `until` of the run.
-
-    Early dropout, after Liu et al., "Dropout Reduces Underfitting" (ICML 2023).
-    """
-    return 1.0 if until == 1 else max(0.0, 1 - epoch / (until * epochs)) if until else 0.0
-
-
-class Trainer:
-    """Everything that a run changes from step to step, and that a checkpoint must hold: weights, average, momentum."""
-
-    def __init__(self, recipe: dict[str, Any], train: Split, device: torch.device, eager: bool = False) -> None:
-        self.recipe = recipe
-        torch.manual_seed(utils.derive_seed(recipe["seed"]))
-        rates = [*recipe["dropout"], recipe["fc_dropout"]]
-        self.model = utils.place(Net(recipe["width"], recipe["activation"], recipe["adaptive_pool"], rates), device)
-        self.ema = utils.make_ema(self.model, max(1, recipe["ema"] / EMA_EVERY))
-        self.optimizer = utils.make_optimizer(self.model, recipe["lr"], recipe["momentum"], recipe["weight_decay"])
-        augmentation = Augmentation(*(recipe[name] for name in Augmentation._fields))
-        self.loader = Loader(train, recipe["batch_size"], augmentation, recipe["seed"])
-        self.plain_loader = Loader(train.select(slice(None, None, PLAIN_EVERY)), batch_size=500)
-        self.step = Step(self.model, self.optimizer, make_loss(recipe, device), len(self.loader),
-                         use_graph=device.type == "cuda" and not eager)  # fmt: skip
-        self.history: list[dict[str, float]] = []
-
-    def train_epoch(self, epoch: int) -> dict[str, float]:
-        """Train epoch number `epoch` (from 0) and say how it went; UserError if the loss stops being finite."""
-        recipe, steps, start = self.recipe, len(self.loader), time.perf_counter()
-        factor = dropout_factor(epoch, recipe["epochs"], recipe["dropout_until"])
-        torch.manual_seed(utils.derive_seed(recipe["seed"], epoch, 1))  # dropout
-        self.loader.set_epoch(epoch)
-        self.step.begin_epoch(factor)
-        bar = tqdm(self.loader, f"Epoch {epoch + 1}/{recipe['epochs']}", leave=False, disable=None, dynamic_ncols=True)
-        for i, (x, y) in enumerate(bar):
-            now = epoch * steps + i
-            utils.set_lr(self.optimizer, self.learning_rate(now))
-            self.step(x, y)
-            if (now + 1) % EMA_EVERY == 0 or now + 1 == recipe["epochs"] * steps:
-                self.ema.update_parameters(self.model)
-            if (i + 1) % CHECK_EVERY == 0 or i + 1 == steps:
-                loss, accuracy = self.progress(i + 1, epoch)
-                bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2f}%", refresh=False)
-        update_bn(self.plain_loader, self.ema.module)  # digits to be read are not augmented: theirs differ
-        return {
-            "epoch": epoch + 1, "learning_rate": self.learning_rate(epoch * steps), "dropout_factor": factor,
-            "train_loss": loss, "train_accuracy": accuracy, "seconds": time.perf_counter() - start,
-        }  # fmt: skip
-
-    def learning_rate(self, step: int) -> float:
-        """Learning rate of step number `step` (from 0) of the run."""
-        r = self.recipe
-        return utils.one_cycle(step, r["epochs"] * len(self.loader), r["lr"], r["peak_lr"], r["warmup"])
-
-    def progress(self, done: int, epoch: int) -> tuple[float, float]:
-        """Mean loss and accuracy in percent of the epoch's first `done` steps; UserError if a loss is not finite."""
-        losses = self.step.losses[:done].cpu()
-        if not losses.isfinite().all():
-            first = int((~losses.isfinite()).nonzero()[0])
-            raise UserError(
-                f"the loss is {losses[first].item()} at step {first + 1} of epoch {epoch + 1}; the checkpoint of the "
-                "epoch before, if any, is kept; try a lower --peak-lr"
-            )
-        sizes = torch.full((done,), float(self.loader.batch_size))
-        if done == len(self.loader):
-            sizes[-1] = len(self.loader.split.labels) - (done - 1) * self.loader.batch_size
-        return float(losses @ sizes / sizes.sum()), 100 * self.step.correct.item() / int(sizes.sum())
-
-    def averaged(self) -> Net:
-        """The network that is evaluated and saved: the averaged weights, once there are any."""
-        return self.ema.module if self.ema.n_averaged else self.model
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs beside the recipe. Random numbers are not in it: each epoch seeds its own."""
-        return {
-            "weights": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "history": self.history, "threads": torch.get_num_threads(),
-        }  # fmt: skip
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take up a `state`, from whatever device, into this run's own memory; ValueError if it is not sound."""
-        self.model.load_state_dict(state["weights"])
-        self.ema.load_state_dict(state["ema"])
-        groups = self.optimizer.state_dict()["param_groups"]  # the recipe's; on a GPU a graph follows their rate
-        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
-        for parameter in self.model.parameters() if self.recipe["momentum"] else ():
-            momentum = self.optimizer.state[parameter]["momentum_buffer"]
-            if momentum.shape != parameter.shape or not momentum.isfinite().all():
-                raise ValueError("momentum")
-            self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
-        self.history = [dict(entry) for entry in state["history"]]
-        numbers = all(isinstance(value, (int, float)) for entry in self.history for value in entry.values())
-        if not self.finite() or not numbers or any("train_accuracy" not in entry for entry in self.history):
-            raise ValueError("values")
-
-    def finite(self) -> bool:
-        """Whether weights and averages are finite numbers."""
-        tensors = [*self.model.state_dict().values(), *self.ema.state_dict().values()]
-        return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
-def board_folder(args: argparse.Namespace, out: Path) -> Path:
-    """Where TensorBoard finds the run that writes to `out`, which is --out or a folder in it."""
-    return args.tensorboard / out.relative_to(args.out.parent)
-
-
-def summary_writer(folder: Path) -> Any:
-    """A SummaryWriter for `folder`; UserError if the tensorboard package or the right to write is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
-    try:
-        return SummaryWriter(str(folder))
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-
-
-class TensorBoard:
-    """Curves and weight histograms by epoch, and the first batch of augmented digits."""
-
-    def __init__(self, folder: Path, trainer: Trainer) -> None:
-        self.trainer, self.writer = trainer, summary_writer(folder)
-        images, _ = next(iter(trainer.loader))
-        self.writer.add_images("augmented digits", (images * utils.STD).clamp(0, 1))
-        for entry in trainer.history:  # of a resumed run, which may have had no board before
-            self.log_epoch(entry)
-
-    def log_epoch(self, entry: dict[str, float]) -> None:
-        """Everything that `history.json` has of the epoch."""
-        epoch = int(entry["epoch"])
-        for name, value in entry.items():
-            if name not in ("epoch", "seconds", "dropout_factor"):
-                part, _, rest = name.partition("_")
-                self.writer.add_scalar(f"{rest}/{part}" if part in ("train", "val") else name, value, epoch)
-        for block, rate in enumerate(self.trainer.model.dropout_rates[:4], 1):
-            self.writer.add_scalar(f"dropout_rate/block{block}", rate * entry["dropout_factor"], epoch)
-
-    def log_weights(self, epoch: int) -> None:
-        """Each weight tensor's histogram."""
-        for name, weights in self.trainer.averaged().named_parameters():
-            self.writer.add_histogram(name, weights, epoch)
-
-    def close(self) -> None:
-        """Write out what is still in memory."""
-        self.writer.close()
-
-
-def log_result(folder: Path, recipe: dict[str, Any], metrics: dict[str, float], test: Split, logits: Tensor) -> None:
-    """For TensorBoard, the misclassified test digits and the hyperparameters with their final accuracy."""
-    writer = summary_writer(folder)
-    wrong = (logits.argmax(1) != test.labels).nonzero().flatten()
-    if len(wrong):
-        writer.add_images("misclassified digits", test.images[wrong[:64]])
-    plain = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in recipe.items()}
-    finals = {f"final/{name}": value for name, value in metrics.items() if name.endswith("accuracy")}
-    writer.add_hparams(plain, finals, run_name=".")
-    writer.close()
+def train(
+    run: Run, recipe: Recipe, train_split: Split, val_split: Split | None, out: Path, data_crc: int, board: Any
+) -> None:
+    """Train the rest of the run's epochs; after each, write last.pt and history.json and print its log."""
+    device = train_split.labels.device
+    augmentation = Augmentation(*(getattr(recipe, name) for name in Augmentation._fields))
+    train_loader = Loader(train_split, recipe.batch_size, augmentation, recipe.seed)
+    plain_loader = Loader(train_split.select(slice(None, None, PLAIN_EVERY)), batch_size=500)
+    loss_fn = make_loss(recipe, device)
+    if board:
+        board.add_images("augmented digits", (next(iter(train_loader))[0] * utils.STD).clamp(0, 1))
+    for epoch in range(len(run.history), recipe.epochs):
+        entry = train_epoch(run, train_loader, loss_fn, recipe, epoch)
+        update_bn(plain_loader, run.average.model)  # digits to be read are not augmented: their statistics differ
+        if val_split is not None:
+            logits = utils.predict(run.average.model, val_split)
+            entry["val_loss"] = F.cross_entropy(logits, val_split.labels).item()
+            entry["val_accuracy"] = utils.accuracy(logits, val_split.labels)
+        if not all(tensor.isfinite().all() for tensor in run.average.model.state_dict().values()):
+            raise UserError(f"the weights are not finite after epoch {epoch + 1}; try a lower --peak-lr")
+        run.history.append(entry)
+        save_state(run, recipe, out / "last.pt", data_crc)
+        utils.write_json(out / "history.json", run.history)
+        print_epoch(entry)
+        if board:
+            log_epoch(board, entry)
 
 
 def print_epoch(entry: dict[str, float]) -> None:
-    """The log lines of one epoch, in the seed's format."""
+    """The log lines of one epoch, in the specification's format."""
     tqdm.write(f"Epoch {entry['epoch']}\nLearning rate: {entry['learning_rate']:.6f}")
     tqdm.write(f"Train Loss: {entry['train_loss']:.4f} | Accuracy: {entry['train_accuracy']:.2f}%")
     if "val_accuracy" in entry:
@@ -454,209 +299,269 @@ def print_epoch(entry: dict[str, float]) -> None:
     sys.stdout.flush()
 
 
-def train(recipe: dict[str, Any], train: Split, val: Split | None, out: Path, device: torch.device,
-          args: argparse.Namespace) -> tuple[Net, list[dict[str, float]]]:  # fmt: skip
-    """Train one network, writing last.pt and history.json each epoch; returns the averaged network and the history."""
-    last = out / "last.pt"
-    trainer = Trainer(recipe, train, device, args.eager)
-    inputs = files_learnt_from(args.data_dir, recipe)
-    if args.resume and last.exists():
-        checkpoint = utils.load_checkpoint(last)
-        if checkpoint["recipe"] != recipe:
-            raise UserError(f"{last} was made by another recipe; give the flags of that run, or another --out")
-        restore(trainer, checkpoint, last, inputs)
-        utils.write_json(out / "history.json", trainer.history)  # a kill may have come between the two files
-        print(f"Resuming {out} after epoch {len(trainer.history)} of {recipe['epochs']}")
-    elif args.resume:
-        print(f"No {last} yet: starting with epoch 1")
-    board = TensorBoard(board_folder(args, out), trainer) if args.tensorboard else None
-    for epoch in range(len(trainer.history), recipe["epochs"]):
-        entry = trainer.train_epoch(epoch)
-        if val is not None:
-            logits = utils.predict(trainer.averaged(), val)
-            entry["val_loss"] = F.cross_entropy(logits, val.labels).item()
-            entry["val_accuracy"] = utils.accuracy(logits, val.labels)
-        trainer.history.append(entry)
-        if not trainer.finite():
-            raise UserError(f"the weights are not finite after epoch {epoch + 1}; try a lower --peak-lr")
-        metrics = {name: value for name, value in entry.items() if name.startswith(("train_", "val_"))}
-        contents = utils.release_contents(trainer.averaged(), recipe, epoch + 1, metrics)
-        utils.save_checkpoint(last, {**contents, "training": {**trainer.state(), "inputs": inputs}})
-        utils.write_json(out / "history.json", trainer.history)
-        print_epoch(entry)
-        if board:
-            board.log_epoch(entry)
-            board.log_weights(epoch + 1)
-    if board:
-        board.close()
-    return trainer.averaged(), trainer.history
+def last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
+    """Losses and accuracies of the last epoch."""
+    return {name: value for name, value in history[-1].items() if name.startswith(("train_", "val_"))}
 
 
-def files_learnt_from(data_dir: Path, recipe: dict[str, Any]) -> dict[str, str]:
-    """MD5 sums of the training images and labels and of the teachers, by name."""
-    sums = {name: md5 for name, md5 in utils.prepare_mnist(data_dir).items() if name.startswith("train")}
-    return {**sums, **{teacher: utils.md5_sum(Path(teacher)) for teacher in recipe["teacher"]}}
+def save_state(run: Run, recipe: Recipe, path: Path, data_crc: int) -> None:
+    """Write all that the run needs to go on: a checkpoint of the averaged network with a part "training"."""
+    momentum = {
+        name: run.optimizer.state[parameter]["momentum_buffer"]
+        for name, parameter in run.model.named_parameters() if recipe.momentum
+    }  # fmt: skip
+    training = {
+        "weights": run.model.state_dict(), "momentum": momentum, "updates": run.average.count, "history": run.history,
+        "data": data_crc,
+    }  # fmt: skip
+    utils.save_checkpoint(
+        path, run.average.model, recipe=asdict(recipe), epoch=len(run.history), metrics=last_metrics(run.history),
+        training=training,
+    )  # fmt: skip
 
 
-def restore(trainer: Trainer, checkpoint: dict[str, Any], path: Path, inputs: dict[str, str]) -> None:
-    """Take up the run of `checkpoint`; UserError if its state is not whole, or it learnt from other files."""
-    utils.build_model(checkpoint, path)
+def restore_state(run: Run, recipe: Recipe, path: Path, data_crc: int) -> None:
+    """Take up what `save_state` wrote to `path`; UserError if it is damaged or has learnt from other images."""
+    checkpoint = utils.load_checkpoint(path)
     try:
-        trainer.restore(checkpoint["training"])
-        before = dict(checkpoint["training"]["inputs"])
-        sound = len(trainer.history) == checkpoint["epoch"] <= trainer.recipe["epochs"]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be resumed: its training state is damaged ({type(error).__name__})") from error
-    if not sound:
-        raise UserError(f"{path} cannot be resumed: its training state is damaged")
-    changed = [name for name, md5 in inputs.items() if before.get(name) != md5]
-    if changed:
-        raise UserError(f"{changed[0]} has changed since {path} was written; put the old file back, or start anew")
+        state = checkpoint["training"]
+        momentum = {name: torch.empty_like(p) for name, p in run.model.named_parameters() if recipe.momentum}
+        utils.load_tensors(run.model.state_dict(), state["weights"])
+        utils.load_tensors(run.average.model.state_dict(), checkpoint["model"])
+        utils.load_tensors(momentum, state["momentum"])
+        for name, parameter in run.model.named_parameters():
+            if recipe.momentum:
+                run.optimizer.state[parameter]["momentum_buffer"] = momentum[name]
+        run.average.count = int(state["updates"])
+        run.history = [dict(entry) for entry in state["history"]]
+        if not 0 < len(run.history) == checkpoint["epoch"] <= recipe.epochs or "train_loss" not in run.history[-1]:
+            raise ValueError("history")
+        trained_on = state["data"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be resumed: its training state is damaged ({error})") from error
+    if trained_on != data_crc:
+        raise UserError(f"{path} was trained on other images; give the --data-dir of that run, or another --out")
 
 
-def run_once(args: argparse.Namespace, recipe: dict[str, Any], out: Path, device: torch.device) -> dict[str, Any]:
-    """One run as the recipe says: train, then read the test set once, then write model.pt."""
-    train_split, val = utils.load_mnist(args.data_dir, train=True, device=device), None
-    if recipe["val_size"]:
-        if recipe["val_size"] >= len(train_split.labels):
-            raise UserError(
-                f"--val-size {recipe['val_size']} leaves none of {len(train_split.labels)} images to train on"
-            )
-        train_split, val = utils.hold_out(train_split, recipe["val_size"], VAL_SPLIT_SEED)
-    test = utils.load_mnist(args.data_dir, train=False, device=device)
+def run_once(args: argparse.Namespace, recipe: Recipe) -> int:
+    """Train as the recipe says, then read the test set once (a fold: not at all), then write model.pt."""
+    torch.set_num_threads(recipe.threads)
+    device, out, last = utils.choose_device(args.device), args.out, args.out / "last.pt"
+    if any(Path(teacher).resolve().parent == out.resolve() for teacher in recipe.teacher):
+        raise UserError(f"--teacher: this run would overwrite its teacher in {out}; choose another --out")
+    train_split, val_split, data_crc = load_training_images(args, recipe, device)
+    test_split = None if recipe.folds else utils.load_mnist(args.data_dir, train=False, device=device)
     if args.dry_run:
-        train_split, val, test = shorten(train_split, recipe), val and shorten(val, recipe), shorten(test, recipe)
-    model, history = train(recipe, train_split, val, out, device, args)
+        few = slice(8 * recipe.batch_size)
+        train_split, val_split, test_split = (s and s.select(few) for s in (train_split, val_split, test_split))
 
-    logits = utils.predict(model, test)
-    metrics = {name: value for name, value in history[-1].items() if name.startswith(("train_", "val_"))}
-    metrics["test_loss"] = F.cross_entropy(logits, test.labels).item()
-    metrics["test_accuracy"] = utils.accuracy(logits, test.labels)
-    utils.save_checkpoint(out / "model.pt", utils.release_contents(model, recipe, recipe["epochs"], metrics))
-    if args.tensorboard:
-        log_result(board_folder(args, out), recipe, metrics, test, logits)
-    return {"seed": recipe["seed"], **metrics, "logits": logits, "labels": test.labels}
+    run = begin(recipe, device)
+    if args.resume and last.exists():
+        restore_state(run, recipe, last, data_crc)
+        utils.write_json(out / "history.json", run.history)  # a kill may have come between the two files
+        done = len(run.history)
+        print(f"Resuming {out} after epoch {done} of {recipe.epochs}" if done < recipe.epochs else f"{out} is finished")
+    board = open_board(args.tensorboard / out.name, run.history) if args.tensorboard else None
+    try:
+        train(run, recipe, train_split, val_split, out, data_crc, board)
+    except KeyboardInterrupt:
+        kept = "Finished epochs are kept; go on with --resume." if run.history else "No epoch was finished."
+        print(f"\nStopped. {kept}", file=sys.stderr)
+        return 130
+
+    metrics = last_metrics(run.history)
+    if test_split is not None:
+        logits = utils.predict(run.average.model, test_split)
+        metrics["test_loss"] = F.cross_entropy(logits, test_split.labels).item()
+        metrics["test_accuracy"] = utils.accuracy(logits, test_split.labels)
+    utils.save_checkpoint(
+        out / "model.pt", run.average.model, recipe=asdict(recipe), epoch=recipe.epochs, metrics=metrics
+    )
+    if board:
+        log_result(board, recipe, metrics)
+    name = "test_accuracy" if test_split is not None else "val_accuracy"
+    print(f"Final {TITLES[name]}: {metrics[name]:.2f}%")
+    return 0
 
 
-def shorten(split: Split, recipe: dict[str, Any]) -> Split:
-    """The first few batches of `split`, for a dry run."""
-    return Split(*(tensor[: 8 * recipe["batch_size"]] for tensor in split))
+TITLES = {"val_accuracy": "Validation Accuracy", "test_accuracy": "Test Accuracy"}
+
+
+def load_training_images(
+    args: argparse.Namespace, recipe: Recipe, device: torch.device
+) -> tuple[Split, Split | None, int]:
+    """The images to train on, those held out if any, and the CRC32 of all of them, which tells data sets apart."""
+    everything = utils.load_mnist(args.data_dir, train=True, device=device)
+    data_crc = zlib.crc32(everything.images.cpu().numpy())
+    if max(recipe.val_size, 10 * recipe.folds) >= len(everything.labels):
+        raise UserError(f"{args.data_dir} has too few images for --val-size or --folds: {len(everything.labels):,}")
+    if recipe.folds:
+        return *utils.fold_out(everything, recipe.folds, recipe.fold, SPLIT_SEED), data_crc
+    if recipe.val_size:
+        return *utils.hold_out(everything, recipe.val_size, SPLIT_SEED), data_crc
+    return everything, None, data_crc
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TensorBoard
+
+
+def open_board(folder: Path, history: list[dict[str, float]]) -> Any:
+    """A SummaryWriter for `folder` with the epochs so far; UserError if package or right to write is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+    try:
+        board = SummaryWriter(str(folder))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    for entry in history:  # of a resumed run, which may have had no board before
+        log_epoch(board, entry)
+    return board
+
+
+def log_epoch(board: Any, entry: dict[str, float]) -> None:
+    """What `history.json` has of the epoch; loss and accuracy of training and validation share a chart."""
+    for name, value in entry.items():
+        part, _, rest = name.partition("_")
+        board.add_scalar(f"{rest}/{part}" if part in ("train", "val") else name, value, entry["epoch"])
+
+
+def log_result(board: Any, recipe: Recipe, metrics: dict[str, float]) -> None:
+    """The hyperparameters with the final accuracy."""
+    settings = {
+        name: value if isinstance(value, (int, float, str)) else show(value) for name, value in asdict(recipe).items()
+    }
+    finals = {f"final/{name}": value for name, value in metrics.items() if name.endswith("accuracy")}
+    board.add_hparams(settings, finals, run_name=".")
+    board.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several runs
+
+
+def run_several(args: argparse.Namespace, recipe: Recipe) -> int:
+    """--runs or --folds: a process of this same command for each, some at a time, and a report on all of them."""
+    if recipe.folds:
+        parts = {args.out / f"fold-{k}": ["--fold", k] for k in range(1, recipe.folds + 1)}
+    else:
+        seeds = range(recipe.seed, recipe.seed + args.runs)
+        parts = {args.out / f"seed-{seed}": ["--runs", 1, "--seed", seed] for seed in seeds}
+    board = ["--tensorboard", args.tensorboard / args.out.name] if args.tensorboard else []
+    commands = {
+        folder: [sys.executable, __file__, *sys.argv[1:], *map(str, [*words, "--out", folder, *board])]
+        for folder, words in parts.items()
+    }  # fmt: skip
+    device = utils.choose_device(args.device)
+    jobs = args.jobs or (max(1, available_cores() // recipe.threads) if device.type == "cpu" else 1)
+    failed = run_side_by_side(commands, jobs, recipe.epochs, "a" if args.resume else "w")
+    if failed:
+        raise UserError(f"{', '.join(failed)} failed; the same command with --resume goes on with the rest")
+    if not args.dry_run:
+        report(args, [*parts], device)
+    return 0
+
+
+def run_side_by_side(commands: dict[Path, list[str]], jobs: int, epochs: int, mode: str) -> list[str]:
+    """Run the command of each folder, `jobs` at a time, its output going to the folder's log.txt, under one bar.
+
+    Returns the names of the folders whose command failed. What still runs ends with this process.
+    """
+    waiting, running, failed = list(commands), {}, []
+    bar = tqdm(total=epochs * len(commands), unit="epoch", disable=None, dynamic_ncols=True)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                folder = waiting.pop(0)
+                folder.mkdir(parents=True, exist_ok=True)
+                with (folder / "log.txt").open(mode) as log:
+                    running[folder] = subprocess.Popen(commands[folder], stdout=log, stderr=subprocess.STDOUT)
+            time.sleep(0.2)
+            started = [folder for folder in commands if folder not in waiting]
+            bar.n = sum(len(set(re.findall(r"^Epoch (\d+)$", log_text(folder), re.M))) for folder in started)
+            bar.refresh()
+            for folder in [folder for folder, process in running.items() if process.poll() is not None]:
+                if running.pop(folder).returncode:
+                    failed.append(folder.name)
+                tqdm.write(f"{folder.name}: {(log_text(folder).splitlines() or ['no output'])[-1]}")
+    except KeyboardInterrupt:
+        print("\nStopped. What was finished is kept; the same command with --resume goes on.", file=sys.stderr)
+        raise
+    finally:
+        bar.close()
+        for process in running.values():
+            process.terminate()
+            process.wait()
+    return failed
+
+
+def log_text(folder: Path) -> str:
+    """What the process of `folder` has printed so far."""
+    return (folder / "log.txt").read_text(errors="replace")
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, or less where a container has a quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota_file = Path("/sys/fs/cgroup/cpu.max")
+    quota, period = quota_file.read_text().split() if quota_file.exists() else ("max", "1")
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def report(args: argparse.Namespace, folders: list[Path], device: torch.device) -> None:
+    """Table and summary of the runs in `folders`, and for seeds the accuracy of their ensemble; also to runs.json."""
+    models, checkpoints = zip(*(utils.load_model(folder / "model.pt", device) for folder in folders))
+    recipes = [{**c["recipe"], "seed": None, "fold": None, "teacher": None} for c in checkpoints]
+    for folder, recipe in zip(folders, recipes):
+        if recipe != recipes[0]:
+            raise UserError(f"{folder} and {folders[0]} were trained by different recipes: no common figure")
+    columns = [name for name in TITLES if name in checkpoints[0]["metrics"]]
+    runs = [{"run": folder.name, **c["metrics"]} for folder, c in zip(folders, checkpoints)]
+    results: dict[str, Any] = {"recipe": checkpoints[0]["recipe"], "versions": utils.versions(), "runs": runs}
+
+    print(f"\n{'Run':<8}" + "".join(f"{TITLES[name]:>22}" for name in columns))
+    for run in runs:
+        print(f"{run['run']:<8}" + "".join(f"{run[name]:21.2f}%" for name in columns))
+    for name in columns:
+        results[name] = summary([run[name] for run in runs])
+        print(f"{TITLES[name]}: " + "mean {mean:.3f}%  std {std:.3f}  standard error {sem:.3f}  min {min:.2f}%  "
+              "max {max:.2f}%  ({n} runs)".format(**results[name]))  # fmt: skip
+    if "test_accuracy" in columns:
+        test_split = utils.load_mnist(args.data_dir, train=False, device=device)
+        ensemble = torch.stack([utils.predict(model, test_split).softmax(1) for model in models]).mean(0)
+        results["ensemble_test_accuracy"] = utils.accuracy(ensemble, test_split.labels)
+        print(f"Test Accuracy of the {len(runs)} networks' mean prediction: {results['ensemble_test_accuracy']:.2f}%")
+    utils.write_json(args.out / "runs.json", results)
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Mean, sample standard deviation, minimum, maximum and number of `values`."""
+    """Mean, sample standard deviation, standard error of the mean, minimum, maximum and number of `values`."""
     tensor = torch.tensor(values, dtype=torch.float64)
-    deviation = tensor.std().item() if len(values) > 1 else 0.0
-    return {"mean": tensor.mean().item(), "std": deviation, "min": min(values), "max": max(values), "n": len(values)}
-
-
-def summary_line(name: str, s: dict[str, float]) -> str:
-    """A summary as a person reads it."""
-    return (f"{name}: mean {s['mean']:.3f}%  std {s['std']:.3f}  min {s['min']:.2f}%  max {s['max']:.2f}%"
-            f"  ({s['n']} runs)")  # fmt: skip
-
-
-def run_several(args: argparse.Namespace, device: torch.device) -> None:
-    """--runs N: consecutive seeds, each in a folder of its own, their table, summary and ensemble in runs.json."""
-    results = []
-    for i in counted(range(args.runs), "Runs"):
-        seed, folder = args.seed + i, run_folders(args)[i]
-        tqdm.write(f"--- seed {seed}")
-        with utils.locked(folder):
-            results.append(run_once(args, {**args.recipe, "seed": seed}, folder, device))
-    ensemble = torch.stack([r["logits"].softmax(1) for r in results]).mean(0)
-    columns = [name for name in ("val_accuracy", "test_accuracy") if name in results[0]]
-    report: dict[str, Any] = {"recipe": args.recipe, "versions": utils.versions()}
-    report["runs"] = [{k: v for k, v in r.items() if k not in ("logits", "labels")} for r in results]
-    report.update({name: summary([r[name] for r in results]) for name in columns})
-    report["ensemble_test_accuracy"] = utils.accuracy(ensemble, results[0]["labels"])
-    utils.write_json(args.out / "runs.json", report)
-
-    print("\nSeed  " + "  ".join(f"{name.replace('_accuracy', ''):>8}" for name in columns))
-    for r in results:
-        print(f"{r['seed']:4d}  " + "  ".join(f"{r[name]:7.2f}%" for name in columns))
-    for name in columns:
-        print(summary_line(name.replace("_accuracy", "").capitalize() + " accuracy", report[name]))
-    print(f"Ensemble of the {args.runs}, test accuracy: {report['ensemble_test_accuracy']:.2f}%")
-
-
-def cross_validate(args: argparse.Namespace, device: torch.device) -> None:
-    """--folds K: K stratified folds of the training images, each held out once; the test set is not read."""
-    everything = utils.load_mnist(args.data_dir, train=True, device=device)
-    if args.folds > len(everything.labels) // 10:
-        raise UserError(f"--folds {args.folds}: too many for {len(everything.labels)} images")
-    folds = utils.stratified_folds(everything.labels, args.folds, VAL_SPLIT_SEED)
-    entries = []
-    for k in counted(range(args.folds), "Folds"):
-        tqdm.write(f"--- fold {k + 1} of {args.folds}")
-        rest = torch.ones(len(everything.labels), dtype=torch.bool, device=device)
-        rest[folds[k]] = False
-        parts = everything.select(rest), everything.select(folds[k])
-        if args.dry_run:
-            parts = tuple(shorten(part, args.recipe) for part in parts)
-        recipe = {**args.recipe, "folds": args.folds, "fold": k + 1}
-        folder = run_folders(args)[k]
-        with utils.locked(folder):
-            _, history = train(recipe, *parts, folder, device, args)
-        entries.append(
-            {"fold": k + 1, "train_size": len(parts[0].labels), "val_size": len(parts[1].labels), **history[-1]}
-        )
-    result = summary([entry["val_accuracy"] for entry in entries])
-    report = {"recipe": args.recipe, "versions": utils.versions(), "folds": entries, "val_accuracy": result}
-    utils.write_json(args.out / "cross_validation.json", report)
-    print("\nFold  Validation accuracy")
-    for entry in entries:
-        print(f"{entry['fold']:4d}  {entry['val_accuracy']:7.2f}%")
-    print(summary_line("Cross-validation accuracy", result).replace("runs", "folds"))
-
-
-def counted(items: range, title: str) -> Iterator[int]:
-    """A progress bar over runs or folds, below which each run shows its own."""
-    return iter(tqdm(items, title, disable=None, dynamic_ncols=True, position=1))
-
-
-def how_to_resume() -> str:
-    """The command line of this run, with --resume."""
-    words = [word for word in sys.argv if word != "--resume"]
-    return shlex.join(["python", *words, "--resume"])
+    std = tensor.std().item() if len(values) > 1 else 0.0
+    return {"mean": tensor.mean().item(), "std": std, "sem": std / len(values) ** 0.5,
+            "min": min(values), "max": max(values), "n": len(values)}  # fmt: skip
 
 
 def main() -> int:
-    args = parse_args()
-    device = utils.choose_device(args.device)
-    torch.set_num_threads(args.threads)
-    if args.dry_run:
-        args.recipe.update(epochs=min(2, args.recipe["epochs"]))
-        with tempfile.TemporaryDirectory() as folder:
-            args.out, args.resume = Path(folder) / "out", False
-            args.tensorboard = args.tensorboard and Path(folder) / "runs"
-            return start(args, device)
+    args, given = parse_args()
+    if not args.dry_run:
+        return start(args, given)
+    with tempfile.TemporaryDirectory() as folder:
+        args.out = Path(folder) / "out"
+        args.tensorboard = args.tensorboard and Path(folder) / "runs"
+        return start(args, {**given, "epochs": min(2, given.get("epochs", 2))})
+
+
+def start(args: argparse.Namespace, given: dict[str, Any]) -> int:
+    """One run or several, as the flags ask for; returns the exit status."""
+    last = args.out / "last.pt"
+    recipe = choose_recipe(given, last if args.resume and last.exists() else None)
     with utils.locked(args.out):
-        return start(args, device)
-
-
-def start(args: argparse.Namespace, device: torch.device) -> int:
-    """Do what the flags ask for; returns the exit status."""
-    began = time.time()
-    for teacher in args.teacher:
-        if Path(teacher).resolve() in {(f / name).resolve() for f in run_folders(args) for name in CHECKPOINTS}:
-            raise UserError(f"--teacher: this run would overwrite its teacher {teacher}; choose another --out")
-    try:
-        if args.folds:
-            cross_validate(args, device)
-        elif args.runs > 1:
-            run_several(args, device)
-        else:
-            result = run_once(args, args.recipe, args.out, device)
-            print(f"Final Test Accuracy: {result['test_accuracy']:.2f}%")
-    except KeyboardInterrupt:
-        saved = first_checkpoint(args)
-        if saved and not args.dry_run and (args.resume or saved.stat().st_mtime >= began):
-            print(f"\nStopped. Finished epochs are kept; go on with: {how_to_resume()}", file=sys.stderr)
-        else:
-            print("\nStopped before the first epoch was finished: nothing was written.", file=sys.stderr)
-        return 130
-    return 0
+        if args.runs > 1 or (recipe.folds and not recipe.fold):
+            return run_several(args, recipe)
+        return run_once(args, recipe)
 
 
 if __name__ == "__main__":

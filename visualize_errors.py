@@ -25,7 +25,8 @@ from torch import Tensor
 
 import utils
 from model import Net
-from utils import Split, UserError, in_range
+from test_model import classify, find_images, read_digit
+from utils import Split, UserError, at_least
 
 EXPLAINED = 8  # mistakes in explain.png
 ACCURACY_TICKS = (10, 20, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.98, 100)
@@ -41,20 +42,20 @@ DIGIT_COLORS = np.array(["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
                          "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"])  # fmt: skip
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Draw what the network misreads, how it learned and why it errs.")
     utils.add_common_flags(parser)
     utils.add_checkpoint_flag(parser)
     add = parser.add_argument
     add("--out", type=Path, default=Path("plots"), metavar="DIR", help="(default: %(default)s)")
-    add("--max", type=in_range(int, 1, 400), default=50, metavar="N",
+    add("--max", type=at_least(1), default=50, metavar="N",
         help="mistakes or images to show at most (default: %(default)s)")  # fmt: skip
     add("--explain", action="store_true", help="also draw explain.png, filters.png and embedding.png")
     add("--images", type=Path, nargs="+", metavar="PATH",
         help="draw only images.png: what the network reads in these images or folders of images")  # fmt: skip
     add("--show", action="store_true", help="also open windows")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if args.images and args.explain:
         parser.error("--images does not go with --explain")
     return args
@@ -113,18 +114,13 @@ def recording(*modules: nn.Module) -> Iterator[dict[nn.Module, list[Tensor]]]:
             hook.remove()
 
 
-def last_spatial_activation(model: Net) -> nn.Module:
-    """The activation after the last 3x3 convolution: Grad-CAM weighs activated maps, whose zero means "not there"."""
-    return [block for block in model.blocks() if block.conv.kernel_size == (3, 3)][-1].act
-
-
 def grad_cam(model: Net, x: Tensor, classes: Tensor) -> Tensor:
     """Where the last 3x3 convolution finds what speaks for `classes` (N,) in `x` (N, 1, 28, 28): (N, 28, 28), >= 0.
 
-    Grad-CAM (Selvaraju et al., 2017): its feature maps, weighted by the mean gradient of the class's
-    logit over each map, summed, rectified and interpolated to the input's size.
+    Grad-CAM (Selvaraju et al., 2017): its feature maps after the activation, where zero means "not there", weighted
+    by the mean gradient of the class's logit over each map, summed, rectified and interpolated to the input's size.
     """
-    layer = last_spatial_activation(model)
+    layer = [block for block in model.blocks if block.conv.kernel_size == (3, 3)][-1].act
     with recording(layer) as outputs:
         logits = model(x)
     maps = outputs[layer][0]
@@ -156,16 +152,6 @@ def pca(features: Tensor, components: int = 2) -> tuple[Tensor, Tensor]:
     axes = axes[:components]
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))  # an axis and its negative are equally good: choose
     return centred @ (axes * largest.sign()).t(), s[:components] ** 2 / (s**2).sum()
-
-
-def spread(points: Tensor, gap: float) -> Tensor:
-    """Push `points` (N, 2) apart until no two are closer than `gap`."""
-    points = points.clone()
-    for _ in range(200):
-        apart = points[:, None] - points
-        distance = apart.norm(dim=2, keepdim=True).clamp(min=1e-9)
-        points += (apart / distance * (gap - distance).clamp(min=0) / 2).sum(1)
-    return points
 
 
 def chart(size: tuple[float, float], title: str, columns: int = 1) -> tuple[Figure, Any]:
@@ -332,10 +318,10 @@ def plot_explanations(model: Net, reading: Reading, device: torch.device) -> Fig
 def plot_filters(model: Net, reading: Reading, device: torch.device) -> Figure:
     """The first layer's filters, and the output of each block for the first test digit."""
     image, label = reading.split.images[:1], reading.split.labels[0]
-    blocks = model.blocks()
+    blocks = list(model.blocks)
     with torch.no_grad(), recording(*blocks) as outputs:
         model(utils.normalize(image.float() / 255).to(device))
-    filters = model.block1.conv.weight.detach()[:, 0].cpu()
+    filters = blocks[0].conv.weight.detach()[:, 0].cpu()
     groups = {"filters": filters, **{f"block {i}": outputs[block][0][0].cpu() for i, block in enumerate(blocks, 1)}}
     heights = [math.ceil(min(len(maps), MAPS_SHOWN) / 12) for maps in groups.values()]
     figure, axes = sheet(
@@ -376,13 +362,10 @@ def plot_embedding(model: Net, reading: Reading, split: Split) -> Figure:
     axis.set_xlabel(f"first principal component ({shares[0]:.0%} of the variance)")
     axis.set_ylabel(f"second principal component ({shares[1]:.0%} of the variance)")
 
-    digits = labels.unique().tolist()
-    centres = torch.stack([points[labels == digit].median(0).values for digit in digits])
-    extent = float((points.amax(0) - points.amin(0)).max())
-    for digit, centre in zip(digits, spread(centres, 0.06 * extent).tolist()):
+    for digit in labels.unique().tolist():
         axis.text(
-            *centre, str(digit), ha="center", va="center", fontsize=11, fontweight="bold", color="white",
-            path_effects=[withStroke(linewidth=2, foreground="0.1")],
+            *points[labels == digit].median(0).values.tolist(), str(digit), ha="center", va="center", fontsize=11,
+            fontweight="bold", color="white", path_effects=[withStroke(linewidth=2, foreground="0.1")],
             bbox={"boxstyle": "circle,pad=0.2", "facecolor": DIGIT_COLORS[digit], "edgecolor": "white"},
         )  # fmt: skip
     return figure
@@ -453,13 +436,13 @@ def draw_errors(args: argparse.Namespace, model: Net, metrics: dict[str, Any], d
 
 def draw_images(args: argparse.Namespace, model: Net, keep: bool) -> int:
     """The picture of the user's own images; status 1 if one of them cannot be read."""
-    paths = utils.find_images(args.images)
+    paths = find_images(args.images)
     if len(paths) > args.max:
         print(f"Showing the first {args.max} of {len(paths):,} images; --max N shows more")
     names, originals, digits = [], [], []
     for path in paths[: args.max]:
         try:
-            original, digit = utils.read_digit(path)
+            original, digit = read_digit(path)
         except UserError as error:
             utils.warn(str(error))
             continue
@@ -469,7 +452,7 @@ def draw_images(args: argparse.Namespace, model: Net, keep: bool) -> int:
         digits.append(digit)
     if digits:
         prepared = torch.stack(digits)
-        probabilities = utils.classify(model, prepared)
+        probabilities = classify(model, prepared)
         save(plot_images(names, originals, prepared, probabilities), args.out / "images.png", keep)
     return 0 if len(digits) == len(paths[: args.max]) else 1
 

@@ -1,23 +1,29 @@
-"""Fixtures: a small rendered data set, a training on it, and a way to run the scripts as a user does."""
+"""Fixtures: a few thousand of MNIST's digits, a short training on them, and two ways to run the scripts."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
-
-import pytest
-from synthetic_mnist import make_dataset
 
 # Before anybody imports torch: two threads that find only one core free wait for each other, ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
+import pytest
+import torch
+
+import test_model
+import train
+import utils
+import visualize_errors
+
 ROOT = Path(__file__).resolve().parent.parent
+RELEASED = ROOT / "assets" / "mnist_cnn.pt"
+CPU = torch.device("cpu")
+MAINS = {"train.py": train.main, "test_model.py": test_model.main, "visualize_errors.py": visualize_errors.main}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,10 +36,32 @@ def full(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--full")
 
 
+def write_idx(path: Path, values: np.ndarray) -> None:
+    """Write uint8 `values` as an IDX file (LeCun's MNIST page)."""
+    header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header + values.astype(np.uint8).tobytes())
+
+
+def write_mnist(folder: Path, train: int, test: int) -> Path:
+    """The first `train` and `test` digits of MNIST, in a folder for --data-dir."""
+    for part, count in (("train", train), ("t10k", test)):
+        split = utils.load_mnist(ROOT / "data", part == "train", CPU)
+        write_idx(folder / f"{part}-images-idx3-ubyte", split.images[:count, 0].numpy())
+        write_idx(folder / f"{part}-labels-idx1-ubyte", split.labels[:count].numpy())
+    return folder
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """2,000 training and 500 test images of printed digits, in MNIST's format."""
-    return make_dataset(tmp_path_factory.mktemp("data"), train=2000, test=500)
+    """4,000 training and 1,000 test digits."""
+    return write_mnist(tmp_path_factory.mktemp("data"), train=4000, test=1000)
+
+
+@pytest.fixture(scope="session")
+def test_split(data_dir: Path) -> utils.Split:
+    """The 1,000 test digits."""
+    return utils.load_mnist(data_dir, train=False, device=CPU)
 
 
 @pytest.fixture(scope="session")
@@ -44,14 +72,18 @@ def environment(data_dir: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def run(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess]:
-    """run("train.py", "--epochs", 1, status=0): the script in the repository's root, on `data_dir`."""
+    """run("train.py", "--epochs", 1, status=0): the script as a user runs it, on `data_dir`."""
 
-    def run(script: str, *args: object, status: int = 0, env: dict[str, str] | None = None, timeout: float = 600):
-        command = [sys.executable, str(ROOT / script), *map(str, args)]
+    def run(script: str, *args: object, status: int = 0, env: dict[str, str] | None = None, cwd: Path = ROOT):
         done = subprocess.run(
-            command, cwd=ROOT, env={**environment, **(env or {})}, capture_output=True, text=True, timeout=timeout
+            [sys.executable, str(ROOT / script), *map(str, args)],
+            cwd=cwd,
+            env={**environment, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
-        assert done.returncode == status, f"{command}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == status, f"{done.args}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done
 
@@ -59,59 +91,41 @@ def run(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProces
 
 
 @pytest.fixture
-def start(environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen]]:
-    """start("--epochs", 1): train.py in the background, in a process group of its own that ends with the test."""
-    processes = []
+def call(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """call("train.py", "--epochs", 1, status=0): the same in this process, without paying for imports again.
 
-    def start(*args: object) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, "train.py", *map(str, args)], cwd=ROOT, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-        )  # fmt: skip
-        processes.append(process)
-        return process
+    Returns standard output and standard error.
+    """
+    monkeypatch.setenv("MNIST_DATA_DIR", environment["MNIST_DATA_DIR"])
 
-    yield start
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+    def call(script: str, *args: object, status: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            utils.run_script(MAINS[script])
+        out, err = capsys.readouterr()
+        assert (stop.value.code or 0) == status, f"exit {stop.value.code}\n{out}\n{err}"
+        return out, err
+
+    return call
+
+
+@pytest.fixture
+def refuse(call: Callable[..., tuple[str, str]]) -> Callable[..., None]:
+    """refuse("train.py", "--epochs", 0, words=["--epochs"]): status 2 and one line on stderr that has the words."""
+
+    def refuse(script: str, *args: object, words: list[object]) -> None:
+        _, err = call(script, *args, status=2)
+        assert len(err.strip().splitlines()) == 1, err
+        for word in words:
+            assert str(word) in err
+
+    return refuse
 
 
 @pytest.fixture(scope="session")
 def trained(run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short finished training: model.pt, last.pt, history.json."""
     out = tmp_path_factory.mktemp("trained")
-    run("train.py", "--epochs", 3, "--val-size", 200, "--warmup", 0.3, "--dropout-until", 0, "--out", out)
+    run("train.py", "--epochs", 3, "--val-size", 400, "--dropout-until", 0, "--out", out)
     return out
-
-
-@pytest.fixture(scope="session")
-def released() -> Path:
-    """The checkpoint that comes with the repository."""
-    return ROOT / "assets" / "mnist_cnn.pt"
-
-
-@contextmanager
-def at_most_megabytes(limit: int) -> Iterator[None]:
-    """Fail if this process's memory grows by more than `limit` MiB within; not measured where there is no /proc."""
-    if not Path("/proc/self/clear_refs").exists():
-        yield
-        return
-
-    def status(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith(field))) // 1024
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = status("VmRSS")
-    yield
-    assert status("VmHWM") - before <= limit
-
-
-def assert_refused(done: subprocess.CompletedProcess, *words: object) -> None:
-    """One line on stderr, naming `words`."""
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    for word in words:
-        assert str(word) in done.stderr
