@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -29,94 +29,30 @@ AVERAGE_EVERY = 8  # steps between two updates of the weight average: a step mov
 PLAIN_EVERY = 12  # the averaged network's normalisations are measured on one training image in so many
 CHECK_EVERY = 50  # steps between two looks at the loss, each of which makes a GPU wait
 SPLIT_SEED = 0  # the same images are held out whatever --seed says, so that runs compare
+TITLES = {"val_accuracy": "Validation Accuracy", "test_accuracy": "Test Accuracy"}
+
+
+def main() -> int:
+    args, given = parse_args()
+    if not args.dry_run:
+        return start(args, given)
+    with tempfile.TemporaryDirectory() as folder:
+        args.out = Path(folder) / "out"
+        args.tensorboard = args.tensorboard and Path(folder) / "runs"
+        return start(args, {**given, "epochs": min(2, given.get("epochs", 2))})
+
+
+def start(args: argparse.Namespace, given: dict[str, Any]) -> int:
+    """One run or several, as the flags ask for; returns the exit status."""
+    last = args.out / "last.pt"
+    several = args.runs > 1 or (given.get("folds") and not given.get("fold"))
+    recipe = choose_recipe(given, last if args.resume and last.exists() and not several else None)
+    with utils.locked(args.out):
+        return run_several(args, recipe) if several else run_once(args, recipe)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The recipe and the command line
-
-
-def setting(
-    default: Any, help: str, low: float = 0, high: float = math.inf, *, kind: type | None = None,
-    nargs: int | str | None = None, choices: tuple | None = None,
-) -> Any:  # fmt: skip
-    """A field of the recipe: its default, what --help says of it, its range, and argparse's words for the rest."""
-    rule = {"help": help, "low": low, "high": high, "kind": kind or type(default), "nargs": nargs, "choices": choices}
-    return field(default=default, metadata=rule)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that a trained network depends on beside the data: train.py's flags, and what a checkpoint stores.
-
-    Raises UserError for a value out of range, whether it comes from a flag or from a file.
-    """
-
-    epochs: int = setting(20, "passes over the training images", 1, 100_000)
-    batch_size: int = setting(64, "images in a step", 2, 65_536)
-    lr: float = setting(0.015, "learning rate of the first step", 1e-12, 1e6)
-    peak_lr: float = setting(0.15, "highest learning rate of the cycle", 1e-12, 1e6)
-    warmup: float = setting(0.2, "fraction of the run that rises to it", 0, 1)
-    momentum: float = setting(0.9, "Nesterov momentum", 0, 0.9999)
-    weight_decay: float = setting(1e-4, "L2 penalty", 0, 1)
-    ema: float = setting(2500.0, "steps of the moving average of the weights that is saved; 1 for the last step's", 1)
-    dropout: tuple = setting(
-        (0.1, 0.2, 0.3, 0.4), "dropout rates of the four blocks at the start", 0, 0.95, kind=float, nargs=4
-    )
-    fc_dropout: float = setting(0.4, "dropout rate between the linear layers at the start", 0, 0.95)
-    dropout_until: float = setting(
-        0.4, "fraction of the run in which all dropout rates fall linearly to 0; 1 keeps them constant", 0, 1
-    )
-    rotation: float = setting(10.0, "augmentation: degrees, either way", 0, 180)
-    scale: float = setting(0.1, "augmentation: 0.1 is 0.9 to 1.1", 0, 0.9)
-    translate: float = setting(0.05, "augmentation: fraction of the side, either way", 0, 1)
-    shear: float = setting(10.0, "augmentation: degrees, either way", 0, 60)
-    elastic: float = setting(
-        0.35, "augmentation: elastic distortion, standard deviation in pixels of a coarse grid's points", 0, 10
-    )
-    width: int = setting(1, "times as many channels: a teacher", 1, utils.MAX_WIDTH)
-    activation: str = setting("silu", "after each convolution", choices=tuple(ACTIVATIONS))
-    adaptive_pool: str = setting("max", "between the blocks and the linear layers", choices=tuple(ADAPTIVE_POOLS))
-    teacher: tuple = setting(
-        (), "checkpoints whose mean prediction the network also learns from (distillation)", kind=str, nargs="+"
-    )
-    temperature: float = setting(1.0, "of the distillation", 1e-3, 1e3)
-    distill_weight: float = setting(0.7, "of the teachers in the loss", 0, 1)
-    val_size: int = setting(0, "hold out so many training images, stratified, and report on them each epoch")
-    folds: int = setting(0, "cross-validation with so many stratified folds of the training images")
-    fold: int = setting(0, "with --folds, hold out only fold number 1 to FOLDS")
-    threads: int = setting(
-        1, "CPU threads; a second one brings 45%% on a quiet machine, and makes it many times slower on a busy one;"
-        " the bits of the result depend on them", 1, 1024,
-    )  # fmt: skip
-    seed: int = setting(0, "of weights, order, augmentation and dropout", 0, 2**31)
-
-    def __post_init__(self) -> None:
-        for setting in fields(self):
-            value, rule = getattr(self, setting.name), setting.metadata
-            values = value if isinstance(value, tuple) else (value,)
-            typed = type(value) is type(setting.default) and all(type(v) is rule["kind"] for v in values)
-            if not typed or rule["nargs"] not in (None, "+", len(values)):
-                raise UserError(f"{flag(setting.name)} {value!r}: expected a value like {setting.default!r}")
-            if rule["choices"] and value not in rule["choices"]:
-                raise UserError(f"{flag(setting.name)} {value}: choose from {', '.join(rule['choices'])}")
-            if rule["kind"] is not str and not all(rule["low"] <= v <= rule["high"] for v in values):
-                raise UserError(f"{flag(setting.name)} {show(value)} is not from {rule['low']} to {rule['high']}")
-        if self.lr > self.peak_lr:
-            raise UserError(f"--lr {self.lr} is above --peak-lr {self.peak_lr}: the cycle rises from one to the other")
-        if self.folds == 1 or self.fold > self.folds:
-            raise UserError(f"--folds {self.folds} --fold {self.fold}: there must be 2 folds or more, counted from 1")
-        if self.folds and self.val_size:
-            raise UserError("--folds does not go with --val-size: each fold is held out in its turn")
-
-
-def flag(name: str) -> str:
-    """The flag of the recipe's field `name`."""
-    return "--" + name.replace("_", "-")
-
-
-def show(value: Any) -> str:
-    """A setting's value as one types it."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+# The command line and the recipe
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -163,8 +99,142 @@ def choose_recipe(given: dict[str, Any], last: Path | None) -> Recipe:
     return recipe
 
 
+def setting(
+    default: Any, help: str, low: float = 0, high: float = math.inf, *, kind: type | None = None,
+    nargs: int | str | None = None, choices: tuple | None = None,
+) -> Any:  # fmt: skip
+    """A field of the recipe: its default, what --help says of it, its range, and argparse's words for the rest."""
+    rule = {"help": help, "low": low, "high": high, "kind": kind or type(default), "nargs": nargs, "choices": choices}
+    return field(default=default, metadata=rule)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a trained network depends on beside the data: train.py's flags, and what a checkpoint stores.
+
+    Raises UserError for a value out of range, whether it comes from a flag or from a file.
+    """
+
+    epochs: int = setting(20, "passes over the training images", 1, 100_000)
+    batch_size: int = setting(64, "images in a step", 2, 65_536)
+    lr: float = setting(0.015, "learning rate of the first step", 1e-12, 1e6)
+    peak_lr: float = setting(0.15, "highest learning rate of the cycle", 1e-12, 1e6)
+    warmup: float = setting(0.2, "fraction of the run that rises to it", 0, 1)
+    momentum: float = setting(0.9, "Nesterov momentum", 0, 0.9999)
+    weight_decay: float = setting(1e-4, "L2 penalty", 0, 1)
+    ema: float = setting(2500.0, "steps of the moving average of the weights that is saved; 1 for the last step's", 1)
+    dropout: tuple = setting(
+        (0.1, 0.2, 0.3, 0.4), "dropout rates of the four blocks at the start", 0, 0.95, kind=float, nargs=4
+    )
+    fc_dropout: float = setting(0.4, "dropout rate between the linear layers at the start", 0, 0.95)
+    dropout_until: float = setting(
+        0.4, "fraction of the run in which all dropout rates fall linearly to 0; 1 keeps them constant", 0, 1
+    )
+    rotation: float = setting(10.0, "augmentation: degrees, either way", 0, 180)
+    scale: float = setting(0.1, "augmentation: 0.1 is 0.9 to 1.1", 0, 0.9)
+    translate: float = setting(0.05, "augmentation: fraction of the side, either way", 0, 1)
+    shear: float = setting(10.0, "augmentation: degrees, either way", 0, 60)
+    elastic: float = setting(
+        0.35, "augmentation: elastic distortion, standard deviation in pixels of a coarse grid's points", 0, 10
+    )
+    foreign: float = setting(
+        0.0, "share of the ones, sevens and nines that get a flag, a bar or a tail, as much of the world writes them;"
+        " without this flag only where the training images are MNIST's own", 0, 1,
+    )  # fmt: skip
+    width: int = setting(1, "times as many channels: a teacher", 1, utils.MAX_WIDTH)
+    activation: str = setting("silu", "after each convolution", choices=tuple(ACTIVATIONS))
+    adaptive_pool: str = setting("max", "between the blocks and the linear layers", choices=tuple(ADAPTIVE_POOLS))
+    teacher: tuple = setting(
+        (), "checkpoints whose mean prediction the network also learns from (distillation)", kind=str, nargs="+"
+    )
+    temperature: float = setting(1.0, "of the distillation", 1e-3, 1e3)
+    distill_weight: float = setting(0.7, "of the teachers in the loss", 0, 1)
+    val_size: int = setting(0, "hold out so many training images, stratified, and report on them each epoch")
+    folds: int = setting(0, "cross-validation with so many stratified folds of the training images")
+    fold: int = setting(0, "with --folds, hold out only fold number 1 to FOLDS")
+    threads: int = setting(
+        1, "CPU threads; a second one brings 45%% on a quiet machine, and makes it many times slower on a busy one;"
+        " the bits of the result depend on them", 1, 1024,
+    )  # fmt: skip
+    seed: int = setting(0, "of weights, order, augmentation and dropout", 0, 2**31)
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value, rule = getattr(self, setting.name), setting.metadata
+            values = value if isinstance(value, tuple) else (value,)
+            typed = type(value) is type(setting.default) and all(type(v) is rule["kind"] for v in values)
+            if not typed or rule["nargs"] not in (None, "+", len(values)):
+                raise UserError(f"{flag(setting.name)} {value!r}: expected a value like {setting.default!r}")
+            if rule["choices"] and value not in rule["choices"]:
+                raise UserError(f"{flag(setting.name)} {value}: choose from {', '.join(rule['choices'])}")
+            if rule["kind"] is not str and not all(rule["low"] <= v <= rule["high"] for v in values):
+                raise UserError(f"{flag(setting.name)} {show(value)} is not from {rule['low']} to {rule['high']}")
+        if self.lr > self.peak_lr:
+            raise UserError(f"--lr {self.lr} is above --peak-lr {self.peak_lr}: the cycle rises from one to the other")
+        if self.folds == 1 or self.fold > self.folds:
+            raise UserError(f"--folds {self.folds} --fold {self.fold}: there must be 2 folds or more, counted from 1")
+        if self.folds and self.val_size:
+            raise UserError("--folds does not go with --val-size: each fold is held out in its turn")
+
+
+def flag(name: str) -> str:
+    """The flag of the recipe's field `name`."""
+    return "--" + name.replace("_", "-")
+
+
+def show(value: Any) -> str:
+    """A setting's value as one types it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One run
+
+
+def run_once(args: argparse.Namespace, recipe: Recipe) -> int:
+    """Train as the recipe says, then read the test set once (a fold: not at all), then write model.pt."""
+    torch.set_num_threads(recipe.threads)
+    device, out, last = utils.choose_device(args.device), args.out, args.out / "last.pt"
+    if any(Path(teacher).resolve().parent == out.resolve() for teacher in recipe.teacher):
+        raise UserError(f"--teacher: this run would overwrite its teacher in {out}; choose another --out")
+    resuming = args.resume and last.exists()
+    everything = utils.load_mnist(args.data_dir, train=True, device=device)
+    data_crc = zlib.crc32(everything.images.cpu().numpy())  # tells data sets apart
+    if not resuming and "foreign" not in args and data_crc != utils.MNIST_CRC32:
+        recipe = replace(recipe, foreign=0.0)
+    train_split, val_split = hold_out(everything, recipe)
+    train_split = utils.draw_foreign_shapes(train_split, recipe.foreign, recipe.seed)
+    test_split = None if recipe.folds else utils.load_mnist(args.data_dir, train=False, device=device)
+    if args.dry_run:
+        few = slice(8 * recipe.batch_size)
+        train_split, val_split, test_split = (s and s.select(few) for s in (train_split, val_split, test_split))
+
+    run = begin(recipe, device)
+    if resuming:
+        restore_state(run, recipe, last, data_crc)
+        utils.write_json(out / "history.json", run.history)  # a kill may have come between the two files
+        done = len(run.history)
+        print(f"Resuming {out} after epoch {done} of {recipe.epochs}" if done < recipe.epochs else f"{out} is finished")
+    board = open_board(args.tensorboard / out.name, run.history) if args.tensorboard else None
+    try:
+        train(run, recipe, train_split, val_split, out, data_crc, board)
+    except KeyboardInterrupt:
+        kept = "Finished epochs are kept; go on with --resume." if run.history else "No epoch was finished."
+        print(f"\nStopped. {kept}", file=sys.stderr)
+        return 130
+    finish(run, recipe, test_split, out, board)
+    return 0
+
+
+def hold_out(everything: Split, recipe: Recipe) -> tuple[Split, Split | None]:
+    """The images to train on, and those that the recipe holds out, if any."""
+    if max(recipe.val_size, 10 * recipe.folds) >= len(everything.labels):
+        raise UserError(f"--val-size or --folds leave too few of {len(everything.labels):,} images to train on")
+    if recipe.folds:
+        return utils.fold_out(everything, recipe.folds, recipe.fold, SPLIT_SEED)
+    if recipe.val_size:
+        return utils.hold_out(everything, recipe.val_size, SPLIT_SEED)
+    return everything, None
 
 
 @dataclass
@@ -184,6 +254,34 @@ def begin(recipe: Recipe, device: torch.device) -> Run:
     model = utils.place(model, device)
     average = utils.WeightAverage(model, recipe.ema / AVERAGE_EVERY)
     return Run(model, average, utils.make_optimizer(model, recipe.lr, recipe.momentum, recipe.weight_decay), [])
+
+
+def train(
+    run: Run, recipe: Recipe, train_split: Split, val_split: Split | None, out: Path, data_crc: int, board: Any
+) -> None:
+    """Train the rest of the run's epochs; after each, write last.pt and history.json and print its log."""
+    device = train_split.labels.device
+    augmentation = Augmentation(*(getattr(recipe, name) for name in Augmentation._fields))
+    train_loader = Loader(train_split, recipe.batch_size, augmentation, recipe.seed)
+    plain_loader = Loader(train_split.select(slice(None, None, PLAIN_EVERY)), batch_size=500)
+    loss_fn = make_loss(recipe, device)
+    if board:
+        board.add_images("augmented digits", (next(iter(train_loader))[0] * utils.STD).clamp(0, 1))
+    for epoch in range(len(run.history), recipe.epochs):
+        entry = train_epoch(run, train_loader, loss_fn, recipe, epoch)
+        update_bn(plain_loader, run.average.model)  # digits to be read are not augmented: their statistics differ
+        if val_split is not None:
+            logits = utils.predict(run.average.model, val_split)
+            entry["val_loss"] = F.cross_entropy(logits, val_split.labels).item()
+            entry["val_accuracy"] = utils.accuracy(logits, val_split.labels)
+        if not all(tensor.isfinite().all() for tensor in run.average.model.state_dict().values()):
+            raise UserError(f"the weights are not finite after epoch {epoch + 1}; try a lower --peak-lr")
+        run.history.append(entry)
+        save_state(run, recipe, out / "last.pt", data_crc)
+        utils.write_json(out / "history.json", run.history)
+        print_epoch(entry)
+        if board:
+            log_epoch(board, entry)
 
 
 def train_epoch(run: Run, train_loader: Loader, loss_fn: Callable, recipe: Recipe, epoch: int) -> dict[str, float]:
@@ -262,34 +360,6 @@ def make_loss(recipe: Recipe, device: torch.device) -> Callable[[Tensor, Tensor,
     return distillation_loss
 
 
-def train(
-    run: Run, recipe: Recipe, train_split: Split, val_split: Split | None, out: Path, data_crc: int, board: Any
-) -> None:
-    """Train the rest of the run's epochs; after each, write last.pt and history.json and print its log."""
-    device = train_split.labels.device
-    augmentation = Augmentation(*(getattr(recipe, name) for name in Augmentation._fields))
-    train_loader = Loader(train_split, recipe.batch_size, augmentation, recipe.seed)
-    plain_loader = Loader(train_split.select(slice(None, None, PLAIN_EVERY)), batch_size=500)
-    loss_fn = make_loss(recipe, device)
-    if board:
-        board.add_images("augmented digits", (next(iter(train_loader))[0] * utils.STD).clamp(0, 1))
-    for epoch in range(len(run.history), recipe.epochs):
-        entry = train_epoch(run, train_loader, loss_fn, recipe, epoch)
-        update_bn(plain_loader, run.average.model)  # digits to be read are not augmented: their statistics differ
-        if val_split is not None:
-            logits = utils.predict(run.average.model, val_split)
-            entry["val_loss"] = F.cross_entropy(logits, val_split.labels).item()
-            entry["val_accuracy"] = utils.accuracy(logits, val_split.labels)
-        if not all(tensor.isfinite().all() for tensor in run.average.model.state_dict().values()):
-            raise UserError(f"the weights are not finite after epoch {epoch + 1}; try a lower --peak-lr")
-        run.history.append(entry)
-        save_state(run, recipe, out / "last.pt", data_crc)
-        utils.write_json(out / "history.json", run.history)
-        print_epoch(entry)
-        if board:
-            log_epoch(board, entry)
-
-
 def print_epoch(entry: dict[str, float]) -> None:
     """The log lines of one epoch, in the specification's format."""
     tqdm.write(f"Epoch {entry['epoch']}\nLearning rate: {entry['learning_rate']:.6f}")
@@ -297,6 +367,23 @@ def print_epoch(entry: dict[str, float]) -> None:
     if "val_accuracy" in entry:
         tqdm.write(f"Validation Loss: {entry['val_loss']:.4f} | Accuracy: {entry['val_accuracy']:.2f}%")
     sys.stdout.flush()
+
+
+def finish(run: Run, recipe: Recipe, test_split: Split | None, out: Path, board: Any) -> None:
+    """Read the test set, write model.pt and print the final accuracy; of a fold, that of the held-out images."""
+    metrics, final = last_metrics(run.history), "val_accuracy"
+    if test_split is not None:
+        logits, final = utils.predict(run.average.model, test_split), "test_accuracy"
+        metrics["test_loss"] = F.cross_entropy(logits, test_split.labels).item()
+        metrics["test_accuracy"] = utils.accuracy(logits, test_split.labels)
+        misread = test_split.images[logits.argmax(1) != test_split.labels]
+        if board and len(misread):
+            board.add_images("misclassified digits", misread[:64])
+    path = out / "model.pt"
+    utils.save_checkpoint(path, run.average.model, recipe=asdict(recipe), epoch=recipe.epochs, metrics=metrics)
+    if board:
+        log_result(board, recipe, metrics)
+    print(f"Final {TITLES[final]}: {metrics[final]:.2f}%")
 
 
 def last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
@@ -341,65 +428,6 @@ def restore_state(run: Run, recipe: Recipe, path: Path, data_crc: int) -> None:
         raise UserError(f"{path} cannot be resumed: its training state is damaged ({error})") from error
     if trained_on != data_crc:
         raise UserError(f"{path} was trained on other images; give the --data-dir of that run, or another --out")
-
-
-def run_once(args: argparse.Namespace, recipe: Recipe) -> int:
-    """Train as the recipe says, then read the test set once (a fold: not at all), then write model.pt."""
-    torch.set_num_threads(recipe.threads)
-    device, out, last = utils.choose_device(args.device), args.out, args.out / "last.pt"
-    if any(Path(teacher).resolve().parent == out.resolve() for teacher in recipe.teacher):
-        raise UserError(f"--teacher: this run would overwrite its teacher in {out}; choose another --out")
-    train_split, val_split, data_crc = load_training_images(args, recipe, device)
-    test_split = None if recipe.folds else utils.load_mnist(args.data_dir, train=False, device=device)
-    if args.dry_run:
-        few = slice(8 * recipe.batch_size)
-        train_split, val_split, test_split = (s and s.select(few) for s in (train_split, val_split, test_split))
-
-    run = begin(recipe, device)
-    if args.resume and last.exists():
-        restore_state(run, recipe, last, data_crc)
-        utils.write_json(out / "history.json", run.history)  # a kill may have come between the two files
-        done = len(run.history)
-        print(f"Resuming {out} after epoch {done} of {recipe.epochs}" if done < recipe.epochs else f"{out} is finished")
-    board = open_board(args.tensorboard / out.name, run.history) if args.tensorboard else None
-    try:
-        train(run, recipe, train_split, val_split, out, data_crc, board)
-    except KeyboardInterrupt:
-        kept = "Finished epochs are kept; go on with --resume." if run.history else "No epoch was finished."
-        print(f"\nStopped. {kept}", file=sys.stderr)
-        return 130
-
-    metrics = last_metrics(run.history)
-    if test_split is not None:
-        logits = utils.predict(run.average.model, test_split)
-        metrics["test_loss"] = F.cross_entropy(logits, test_split.labels).item()
-        metrics["test_accuracy"] = utils.accuracy(logits, test_split.labels)
-    utils.save_checkpoint(
-        out / "model.pt", run.average.model, recipe=asdict(recipe), epoch=recipe.epochs, metrics=metrics
-    )
-    if board:
-        log_result(board, recipe, metrics)
-    name = "test_accuracy" if test_split is not None else "val_accuracy"
-    print(f"Final {TITLES[name]}: {metrics[name]:.2f}%")
-    return 0
-
-
-TITLES = {"val_accuracy": "Validation Accuracy", "test_accuracy": "Test Accuracy"}
-
-
-def load_training_images(
-    args: argparse.Namespace, recipe: Recipe, device: torch.device
-) -> tuple[Split, Split | None, int]:
-    """The images to train on, those held out if any, and the CRC32 of all of them, which tells data sets apart."""
-    everything = utils.load_mnist(args.data_dir, train=True, device=device)
-    data_crc = zlib.crc32(everything.images.cpu().numpy())
-    if max(recipe.val_size, 10 * recipe.folds) >= len(everything.labels):
-        raise UserError(f"{args.data_dir} has too few images for --val-size or --folds: {len(everything.labels):,}")
-    if recipe.folds:
-        return *utils.fold_out(everything, recipe.folds, recipe.fold, SPLIT_SEED), data_crc
-    if recipe.val_size:
-        return *utils.hold_out(everything, recipe.val_size, SPLIT_SEED), data_crc
-    return everything, None, data_crc
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -542,26 +570,6 @@ def summary(values: list[float]) -> dict[str, float]:
     std = tensor.std().item() if len(values) > 1 else 0.0
     return {"mean": tensor.mean().item(), "std": std, "sem": std / len(values) ** 0.5,
             "min": min(values), "max": max(values), "n": len(values)}  # fmt: skip
-
-
-def main() -> int:
-    args, given = parse_args()
-    if not args.dry_run:
-        return start(args, given)
-    with tempfile.TemporaryDirectory() as folder:
-        args.out = Path(folder) / "out"
-        args.tensorboard = args.tensorboard and Path(folder) / "runs"
-        return start(args, {**given, "epochs": min(2, given.get("epochs", 2))})
-
-
-def start(args: argparse.Namespace, given: dict[str, Any]) -> int:
-    """One run or several, as the flags ask for; returns the exit status."""
-    last = args.out / "last.pt"
-    recipe = choose_recipe(given, last if args.resume and last.exists() else None)
-    with utils.locked(args.out):
-        if args.runs > 1 or (recipe.folds and not recipe.fold):
-            return run_several(args, recipe)
-        return run_once(args, recipe)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,261 @@
+"""Data files, batches, augmentation, held-out images."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+from conftest import CPU, ROOT, write_idx, write_mnist
+from torchvision.datasets import MNIST
+
+import utils
+from model import Net
+from utils import Augmentation, Loader, Split, UserError
+
+NAMES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_repository_carries_the_official_archives() -> None:
+    readme = (ROOT / "data" / "README.md").read_text()
+    for name, md5 in MNIST.resources:
+        assert hashlib.md5((ROOT / "data/MNIST/raw" / name).read_bytes()).hexdigest() == md5
+        assert f"| `{name}` | `{md5}` |" in readme
+    assert len(utils.load_mnist(ROOT / "data", train=True, device=CPU).labels) == 60_000
+
+
+def test_images_and_labels_are_torchvisions(tmp_path: Path) -> None:
+    for name, _ in MNIST.resources:  # torchvision unpacks beside: not in the repository's own folder
+        packed = ROOT / "data/MNIST/raw" / name
+        (tmp_path / "MNIST/raw").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "MNIST/raw" / name[:-3]).write_bytes(gzip.decompress(packed.read_bytes()))
+    theirs, ours = MNIST(str(tmp_path), train=False), utils.load_mnist(tmp_path, train=False, device=CPU)
+    assert torch.equal(ours.images[:, 0], theirs.data) and torch.equal(ours.labels, theirs.targets)
+
+
+@pytest.mark.parametrize("layout", ["MNIST/raw", "."])
+@pytest.mark.parametrize("packed", [True, False])
+def test_files_are_found_packed_or_not_in_both_layouts(layout: str, packed: bool, tmp_path: Path) -> None:
+    write_mnist(tmp_path / layout, train=50, test=20)
+    if packed:
+        for name in NAMES:
+            raw = tmp_path / layout / name
+            raw.with_name(f"{name}.gz").write_bytes(gzip.compress(raw.read_bytes()))
+            raw.unlink()
+    before = sorted(tmp_path.rglob("*"))
+    split = utils.load_mnist(tmp_path, train=False, device=CPU)
+    assert split.images.shape == (20, 1, 28, 28) and split.labels.tolist()[:3] == [7, 2, 1]
+    assert sorted(tmp_path.rglob("*")) == before  # nothing is unpacked
+
+
+def damage(folder: Path, how: str) -> str:
+    """Damage the test files in `folder`; returns a word of the message."""
+    images, labels = folder / NAMES[2], folder / NAMES[3]
+    if how == "missing":
+        images.unlink()
+        return f"no {NAMES[2]}"
+    if how == "truncated":
+        images.write_bytes(images.read_bytes()[:-1])
+        return "truncated"
+    if how == "too long":
+        images.write_bytes(images.read_bytes() + b"x")
+        return "too long"
+    if how == "empty":
+        images.write_bytes(b"")
+        return "damaged"
+    if how == "not IDX":
+        images.write_text("<html>404</html>")
+        return "not an IDX file"
+    if how == "enormous":
+        images.write_bytes(bytes([0, 0, 8, 3]) + 3 * b"\xff\xff\xff\xff")
+        return "declares"
+    if how == "32x32":
+        write_idx(images, np.zeros((20, 32, 32)))
+        return "20 x 32 x 32"
+    if how == "label 10":
+        write_idx(labels, np.full(20, 10))
+        return "0 to 9"
+    if how == "other number":
+        write_idx(labels, np.zeros(19))
+        return "19 labels"
+    packed = images.with_name(f"{images.name}.gz")
+    data = bytearray(gzip.compress(images.read_bytes()))
+    images.unlink()
+    if how == "gzip cut":
+        del data[len(data) // 2 :]
+    elif how == "gzip sum":
+        data[-5] ^= 1
+    elif how == "gzip flipped":
+        data[len(data) // 2] ^= 1
+    packed.write_bytes(data)
+    return packed.name
+
+
+DAMAGES = ["missing", "truncated", "too long", "empty", "not IDX", "enormous", "32x32", "label 10", "other number",
+           "gzip cut", "gzip sum", "gzip flipped"]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_files_are_one_line_that_names_the_file(how: str, refuse, tmp_path: Path) -> None:
+    write_mnist(tmp_path, train=50, test=20)
+    word = damage(tmp_path, how)
+    refuse("train.py", "--data-dir", tmp_path, "--out", tmp_path / "out", words=[word, tmp_path])
+
+
+def test_a_gzip_bomb_is_read_no_further_than_its_header_says(tmp_path: Path) -> None:
+    path = tmp_path / f"{NAMES[2]}.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(bytes([0, 0, 8, 3, 0, 0, 0, 20, 0, 0, 0, 28, 0, 0, 0, 28]))
+        for _ in range(200):
+            file.write(bytes(2**20))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="too long"):
+        utils.read_idx(path)
+    assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    tracemalloc.stop()
+
+
+def test_an_empty_folder_is_filled_by_torchvision(refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(root: Path, download: bool) -> None:
+        assert download
+        write_mnist(Path(root) / "MNIST" / "raw", train=50, test=20)
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", download)
+    assert len(utils.load_mnist(tmp_path / "new", train=True, device=CPU).labels) == 50
+
+    def fail(root: Path, download: bool) -> None:
+        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz:\nTried ...")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", fail)
+    with pytest.raises(UserError, match=r"Error downloading train-images-idx3-ubyte.gz:\); leave out --data-dir"):
+        utils.load_mnist(tmp_path / "newer", train=True, device=CPU)
+
+
+def test_a_folder_with_other_files_is_left_alone(refuse, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("...")
+    refuse("train.py", "--data-dir", tmp_path, "--out", tmp_path / "out", words=[NAMES[0], tmp_path])
+    assert (tmp_path / "thesis.tex").read_text() == "..."
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def split(test_split: Split) -> Split:
+    """230 digits, 23 of each class."""
+    index = torch.cat([(test_split.labels == digit).nonzero()[:23, 0] for digit in range(10)])
+    return test_split.select(index)
+
+
+def test_plain_loader_is_the_data_in_order_normalised(split: Split) -> None:
+    loader = Loader(split, 64)
+    batches = list(loader)
+    assert len(loader) == len(batches) == 4 and [len(y) for _, y in batches] == [64, 64, 64, 38]
+    torch.testing.assert_close(torch.cat([x for x, _ in batches]), split.images / 255 / 0.3081)
+    assert torch.equal(torch.cat([y for _, y in batches]), split.labels)
+
+
+def test_shuffled_loader_shows_each_image_once_and_depends_on_seed_and_epoch_only(split: Split) -> None:
+    def epoch(seed: int, number: int) -> torch.Tensor:
+        loader = Loader(split, 64, Augmentation(), seed)
+        loader.set_epoch(number)
+        return torch.cat([x for x, _ in loader])
+
+    first, images = epoch(0, 3), torch.cat([x for x, _ in Loader(split, 64)])
+    assert not torch.equal(first, images)
+    torch.testing.assert_close(first.flatten(1).sum(1).sort().values, images.flatten(1).sum(1).sort().values)
+    torch.rand(5)  # the global generator has no part in it
+    assert torch.equal(first, epoch(0, 3))
+    assert not torch.equal(first, epoch(0, 4)) and not torch.equal(first, epoch(1, 3))
+
+
+@pytest.mark.parametrize("size", [10, 23, 100, 229])
+def test_hold_out_is_stratified_disjoint_and_whole(split: Split, size: int) -> None:
+    tagged = Split(torch.arange(230), split.labels)
+    rest, held = utils.hold_out(tagged, size, seed=0)
+    assert len(held.labels) == size
+    assert sorted(torch.cat([rest.images, held.images]).tolist()) == list(range(230))
+    counts = torch.bincount(held.labels, minlength=10)
+    assert counts.max() - counts.min() <= 1
+    assert torch.equal(utils.hold_out(tagged, size, seed=0)[1].images, held.images)
+    assert size == 229 or not torch.equal(utils.hold_out(tagged, size, seed=1)[1].images, held.images)
+
+
+def test_the_validation_images_are_those_of_the_published_figures() -> None:
+    """Validation figures in README compare only while `--val-size 10000` holds out the same images."""
+    split = utils.load_mnist(ROOT / "data", train=True, device=CPU)
+    _, held = utils.hold_out(Split(torch.arange(60_000), split.labels), 10_000, seed=0)
+    assert held.images[:5].tolist() == [2, 7, 9, 11, 13] and int(held.images.sum()) == 300_517_329
+
+
+def test_folds_are_stratified_and_cover_everything_once(split: Split) -> None:
+    tagged = Split(torch.arange(230), split.labels)
+    folds = [utils.fold_out(tagged, 4, fold, seed=0) for fold in (1, 2, 3, 4)]
+    assert torch.cat([held.images for _, held in folds]).sort().values.tolist() == list(range(230))
+    for rest, held in folds:
+        assert sorted(torch.cat([rest.images, held.images]).tolist()) == list(range(230))
+        counts = torch.bincount(held.labels, minlength=10)
+        assert counts.min() >= 5 and counts.max() <= 6  # 23 of each digit
+
+
+def test_predict_and_accuracy(split: Split) -> None:
+    model = Net().train()
+    logits = utils.predict(model, split, batch_size=50)
+    assert model.training and logits.shape == (230, 10)
+    x = torch.cat([x for x, _ in Loader(split, 230)])
+    torch.testing.assert_close(logits, model.eval()(x).detach(), atol=1e-5, rtol=1e-5)
+    assert utils.accuracy(torch.eye(10)[[1, 2, 3, 4]], torch.tensor([1, 2, 3, 0])) == 75.0
+
+
+# --- augmentation ----------------------------------------------------------------------------------------------------
+
+STILL = torch.zeros(16, 2, utils.ELASTIC_GRID**2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_warp_is_torchvisions_affine(seed: int) -> None:
+    """Image by image, for random angle, translation, scale and both shears together."""
+    g = torch.Generator().manual_seed(seed)
+    images = torch.rand(16, 1, 28, 28, generator=g)
+    u = torch.rand(16, 6, generator=g) * 2 - 1
+    angle, translate, scale, shear = 25 * u[:, 0], 5 * u[:, 1:3], 1 + 0.3 * u[:, 3], 15 * u[:, 4:6]
+    matrices = utils.affine_matrices(angle, translate, scale, shear)
+    ours = utils.warp(images, matrices, STILL, utils.grid_basis(CPU))
+    for i in range(16):
+        arguments = angle[i].item(), translate[i].tolist(), scale[i].item(), shear[i].tolist()
+        theirs = TF.affine(images[i], *arguments, interpolation=TF.InterpolationMode.BILINEAR)
+        torch.testing.assert_close(ours[i], theirs, atol=2e-4, rtol=0)
+
+
+def test_warp_grid_is_affine_grid_and_elastic_moves_by_pixels() -> None:
+    images, basis = torch.rand(2, 1, 28, 28), utils.grid_basis(CPU)
+    matrices = utils.affine_matrices(torch.tensor([9.0, -5.0]), torch.ones(2, 2), torch.ones(2), torch.ones(2, 2))
+    grid = F.affine_grid(matrices, [2, 1, 28, 28], align_corners=False)
+    expected = F.grid_sample(images, grid, align_corners=False)
+    torch.testing.assert_close(utils.warp(images, matrices, STILL[:2], basis), expected, atol=1e-5, rtol=0)
+    everywhere_one_right = torch.stack([torch.ones(2, 25), torch.zeros(2, 25)], 1)
+    moved = utils.warp(images, torch.eye(2, 3).expand(2, -1, -1), everywhere_one_right, basis)
+    torch.testing.assert_close(moved[..., :-1], images[..., 1:], atol=1e-4, rtol=0)
+
+
+def test_augmentation_stays_in_its_ranges_and_fills_them() -> None:
+    g = torch.Generator().manual_seed(0)
+    matrices, displacements = Augmentation(rotation=10, scale=0.1, translate=0.1, elastic=0.5).sample(5000, g)
+    assert displacements.std() == pytest.approx(0.5, abs=0.01)
+    linear = matrices[:, :, :2]
+    scale = 1 / torch.linalg.det(linear).sqrt()
+    angle = torch.rad2deg(torch.atan2(linear[:, 0, 1], linear[:, 0, 0]))
+    offset = (torch.linalg.inv(linear) @ matrices[:, :, 2:]).squeeze(2) / 2  # fraction of the side
+    for values, low, high in ((scale, 0.9, 1.1), (angle, -10, 10), (offset, -0.1, 0.1)):
+        span = high - low
+        assert low - 1e-3 * span <= values.min() < low + 0.02 * span
+        assert high - 0.02 * span < values.max() <= high + 1e-3 * span

@@ -1,0 +1,366 @@
+"""train.py: optimiser, schedule and average by hand; that every flag reaches the training; logs; several runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import CPU, RELEASED, write_mnist
+
+import train
+import utils
+from model import Net
+from train import Recipe
+from utils import Loader, UserError
+
+# --- the mathematics, by hand ----------------------------------------------------------------------------------------
+
+
+def test_one_cycle_values() -> None:
+    rates = [utils.one_cycle(step, 1000, lr=0.015, peak_lr=0.1, warmup=0.2) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.015)
+    assert rates[100] == pytest.approx((0.015 + 0.1) / 2)
+    assert rates[200] == max(rates) == pytest.approx(0.1)
+    assert rates[600] == pytest.approx(0.05)
+    assert 0 < rates[999] < 1e-5
+    assert rates[:201] == sorted(rates[:201]) and rates[200:] == sorted(rates[200:], reverse=True)
+    assert utils.one_cycle(0, 10, 0.015, 0.1, warmup=0.0) == pytest.approx(0.1)
+    assert utils.one_cycle(9, 10, 0.015, 0.1, warmup=1.0) < 0.1
+
+
+def test_schedule_is_torchs_one_cycle() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.015)
+    # OneCycleLR peaks at step pct_start * total_steps - 1 and ends at total_steps - 1: here 200 and 1000, as ours.
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.1, total_steps=1001, pct_start=201 / 1001, div_factor=0.1 / 0.015, final_div_factor=1e12,
+        cycle_momentum=False,
+    )  # fmt: skip
+    for step in range(1000):
+        assert scheduler.get_last_lr()[0] == pytest.approx(utils.one_cycle(step, 1000, 0.015, 0.1, 0.2), abs=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_optimizer_is_nesterov_sgd() -> None:
+    parameter = nn.Linear(1, 1, bias=False)
+    parameter.weight.data.fill_(2.0)
+    optimizer = utils.make_optimizer(parameter, lr=0.1, momentum=0.9, weight_decay=0.01)
+    w, velocity = 2.0, 0.0
+    for gradient in (1.0, -3.0, 0.5):
+        parameter.weight.grad = torch.full((1, 1), gradient)
+        optimizer.step()
+        g = gradient + 0.01 * w
+        velocity = 0.9 * velocity + g
+        w -= 0.1 * (g + 0.9 * velocity)
+        assert parameter.weight.item() == pytest.approx(w, rel=1e-5)
+
+
+def test_weight_average() -> None:
+    model = Net()
+    average = utils.WeightAverage(model, updates=4)
+    expected = 0.0
+    for step in range(60):
+        model.fc2.bias.data.fill_(float(step))
+        average.update(model)
+        weight = 1.0 if step == 0 else max(1 / 4, 1 / (1 + 0.1 * step))
+        expected += weight * (step - expected)
+    assert average.model.fc2.bias[0].item() == pytest.approx(expected, rel=1e-4)
+    assert 55 < expected < 57  # 4 updates long: about 3 behind
+
+
+def test_dropout_falls_linearly_to_zero() -> None:
+    assert [train.dropout_factor(x, 0.4) for x in (0, 0.1, 0.2, 0.4, 0.9)] == pytest.approx([1, 0.75, 0.5, 0, 0])
+    assert [train.dropout_factor(x, 1) for x in (0, 0.99)] == [1, 1]
+    assert train.dropout_factor(0, 0) == 0
+
+
+def test_distillation_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    logits, labels, images = torch.randn(5, 10, generator=g), torch.arange(5), torch.zeros(5, 1, 28, 28)
+    answers = {"a": torch.randn(5, 10, generator=g), "b": torch.randn(5, 10, generator=g)}
+    monkeypatch.setattr(utils, "load_model", lambda path, _: (lambda images: answers[path.name], {"recipe": {}}))
+    loss_fn = train.make_loss(Recipe(teacher=("a", "b"), temperature=3.0, distill_weight=0.6), CPU)
+    target = torch.stack([(answer / 3).softmax(1) for answer in answers.values()]).mean(0)
+    soft = -(target * (logits / 3).log_softmax(1)).sum(1).mean() * 9
+    hard = -logits.log_softmax(1)[range(5), labels].mean()
+    assert loss_fn(logits, labels, images).item() == pytest.approx((0.4 * hard + 0.6 * soft).item(), rel=1e-5)
+
+
+def test_statistics_of_the_averaged_network_are_those_of_plain_digits(trained: Path, data_dir: Path) -> None:
+    model, checkpoint = utils.load_model(trained / "model.pt", CPU)
+    everything = utils.load_mnist(data_dir, train=True, device=CPU)
+    split, _ = train.hold_out(everything, Recipe(**checkpoint["recipe"]))
+    x, _ = next(iter(Loader(split.select(slice(None, None, train.PLAIN_EVERY)), 400)))
+    for block in model.blocks:
+        outputs = block.conv(x)
+        torch.testing.assert_close(block.norm.running_mean, outputs.mean((0, 2, 3)), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(block.norm.running_var, outputs.var((0, 2, 3)), rtol=1e-2, atol=1e-3)
+        x = block(x)
+
+
+# --- every flag of the recipe reaches the training -------------------------------------------------------------------
+
+TEACHER = ("--teacher", RELEASED)
+WIRES = {  # field: (flags, the same with another value of the field)
+    "epochs": ((), ("--epochs", 2)),
+    "batch_size": ((), ("--batch-size", 32)),
+    "lr": ((), ("--lr", 0.1)),
+    "peak_lr": ((), ("--peak-lr", 0.1)),
+    "warmup": ((), ("--warmup", 0.5)),
+    "momentum": ((), ("--momentum", 0.8)),
+    "weight_decay": ((), ("--weight-decay", 0)),
+    "ema": ((), ("--ema", 1)),
+    "dropout": ((), ("--dropout", 0.1, 0.2, 0.3, 0)),
+    "fc_dropout": ((), ("--fc-dropout", 0)),
+    "dropout_until": ((), ("--dropout-until", 0.1)),
+    "rotation": ((), ("--rotation", 0)),
+    "scale": ((), ("--scale", 0)),
+    "translate": ((), ("--translate", 0)),
+    "shear": ((), ("--shear", 0)),
+    "elastic": ((), ("--elastic", 0)),
+    "foreign": ((), ("--foreign", 0.5)),
+    "width": ((), ("--width", 2)),
+    "activation": ((), ("--activation", "relu")),
+    "adaptive_pool": ((), ("--adaptive-pool", "avg")),
+    "teacher": ((), TEACHER),
+    "temperature": (TEACHER, (*TEACHER, "--temperature", 4)),
+    "distill_weight": (TEACHER, (*TEACHER, "--distill-weight", 0.2)),
+    "val_size": ((), ("--val-size", 200)),
+    "folds": (("--folds", 2, "--fold", 1), ("--folds", 3, "--fold", 1)),
+    "fold": (("--folds", 2, "--fold", 1), ("--folds", 2, "--fold", 2)),
+    "seed": ((), ("--seed", 1)),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """640 training digits: ten steps."""
+    return write_mnist(tmp_path_factory.mktemp("tiny"), train=640, test=50)
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Recipe) if f.name != "threads"])
+def test_every_flag_changes_what_is_learnt(name: str, call, tiny: Path, tmp_path: Path) -> None:
+    def train_with(flags: tuple) -> dict[str, torch.Tensor]:
+        call("train.py", "--epochs", 1, *flags, "--data-dir", tiny, "--out", tmp_path)
+        checkpoint = utils.load_checkpoint(tmp_path / "model.pt")
+        return {**checkpoint["model"], "activation": checkpoint["architecture"]["activation"]}
+
+    plain, changed = map(train_with, WIRES[name])
+    key = "fc1.weight"
+    assert plain[key].shape != changed[key].shape or not torch.equal(plain[key], changed[key])
+
+
+def test_threads_are_set(call, tiny: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    call("train.py", "--epochs", 1, "--threads", 2, "--data-dir", tiny, "--out", tmp_path)
+    assert torch.get_num_threads() == 2
+    call("train.py", "--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(before)
+
+
+def test_defaults_are_the_specifications() -> None:
+    recipe = Recipe()
+    assert (recipe.lr, recipe.momentum, recipe.weight_decay, recipe.batch_size) == (0.015, 0.9, 1e-4, 64)
+    assert recipe.epochs <= 20 and recipe.dropout == (0.1, 0.2, 0.3, 0.4)
+    assert (recipe.rotation, recipe.scale, recipe.width) == (10, 0.1, 1)
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (("--epochs", 0), "--epochs 0"),
+        (("--lr", "nan"), "--lr nan"),
+        (("--lr", 0.2), "above --peak-lr"),
+        (("--dropout", 0.1, 0.2, 0.3, 0.96), "--dropout 0.1 0.2 0.3 0.96"),
+        (("--width", 33), "from 1 to 32"),
+        (("--folds", 1), "2 folds"),
+        (("--folds", 3, "--fold", 4), "--fold 4"),
+        (("--folds", 3, "--val-size", 5), "--val-size"),
+        (("--val-size", 4000), "too few of 4,000"),
+        (("--folds", 400, "--fold", 1), "too few of 4,000"),
+        (("--teacher", "nowhere.pt"), "nowhere.pt"),
+    ],
+)
+def test_what_is_out_of_range_is_one_line(flags: tuple, word: str, refuse, tmp_path: Path) -> None:
+    refuse("train.py", *flags, "--out", tmp_path, words=[word])
+    assert not any(tmp_path.iterdir())
+
+
+def test_argparse_refuses_the_rest_and_help_names_every_flag_and_default(call, capsys) -> None:
+    for flags in (("--epochs", "x"), ("--activation", "tanh"), ("--dropout", 1), ("--runs", 0), ("--jobs", "two"),
+                  ("--runs", 2, "--folds", 2)):  # fmt: skip
+        _, err = call("train.py", *flags, status=2)
+        assert err.splitlines()[-1].startswith("train.py: error: ")
+    printed, _ = call("train.py", "--help")
+    printed = " ".join(printed.split())
+    for setting in fields(Recipe):
+        assert train.flag(setting.name) in printed
+        assert f"(default: {train.show(setting.default) or 'none'})" in printed
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+def test_train_logs_in_the_specifications_format_and_learns(run, tmp_path: Path) -> None:
+    done = run("train.py", "--epochs", 3, "--dropout-until", 0, "--val-size", 400, "--out", tmp_path)
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["Epoch 1", "Learning rate: 0.015000"]
+    assert re.fullmatch(r"Train Loss: \d\.\d{4} \| Accuracy: \d+\.\d\d%", lines[2])
+    assert re.fullmatch(r"Validation Loss: \d\.\d{4} \| Accuracy: \d+\.\d\d%", lines[3])
+    final = re.fullmatch(r"Final Test Accuracy: (\d+\.\d\d)%", lines[-1])
+    assert float(final[1]) > 92
+    assert done.stderr == ""  # the bar is for terminals
+
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert [entry["epoch"] for entry in history] == [1, 2, 3]
+    assert all(entry["seconds"] > 0 for entry in history) and history[0]["train_loss"] > history[2]["train_loss"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["history.json", "last.pt", "model.pt"]
+
+    checkpoint = utils.load_checkpoint(tmp_path / "model.pt")
+    assert f"{checkpoint['metrics']['test_accuracy']:.2f}" == final[1]
+    assert checkpoint["epoch"] == 3 and checkpoint["recipe"]["weight_decay"] == 1e-4
+    assert checkpoint["versions"]["torch"] == torch.__version__
+    assert (tmp_path / "model.pt").stat().st_size < 100_000
+
+
+def test_the_same_command_gives_the_same_bits_and_resume_ends_in_them(call, trained: Path, tmp_path: Path) -> None:
+    flags = ("--epochs", 3, "--val-size", 400, "--dropout-until", 0, "--out", tmp_path)
+    call("train.py", *flags)
+    assert_same_bits(trained / "model.pt", tmp_path / "model.pt")
+    out, _ = call("train.py", "--resume", "--out", tmp_path)
+    assert f"{tmp_path} is finished" in out and "Final Test Accuracy" in out
+    assert_same_bits(trained / "model.pt", tmp_path / "model.pt")
+
+
+def assert_same_bits(a: Path, b: Path) -> None:
+    """The same weights and metrics."""
+    first, second = utils.load_checkpoint(a), utils.load_checkpoint(b)
+    assert first["metrics"] == second["metrics"]
+    for name, tensor in first["model"].items():
+        assert torch.equal(tensor, second["model"][name]), name
+
+
+def test_resume_keeps_the_recipe(call, refuse, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "out")
+    for flags in (("--epochs", 4), ("--dropout", 0, 0, 0, 0), ("--teacher", RELEASED), ("--seed", 1)):
+        refuse("train.py", "--resume", *flags, "--out", tmp_path / "out", words=[flags[0], "--resume keeps it"])
+    call("train.py", "--resume", "--epochs", 3, "--val-size", 400, "--out", tmp_path / "out")
+    call("train.py", "--resume", "--epochs", 1, "--out", tmp_path / "new")  # nothing there yet: a start
+
+
+def test_dry_run_keeps_nothing(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    out, _ = call("train.py", "--dry-run", "--val-size", 100)
+    assert "Final Test Accuracy" in out and not any(tmp_path.iterdir())
+
+
+def test_infinite_loss_stops_and_keeps_the_checkpoint(refuse, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    refuse("train.py", "--lr", 1e5, "--peak-lr", 1e5, "--out", tmp_path / "out", words=["loss", "--peak-lr"])
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_wide_network_trains_and_is_read_back(call, tiny: Path, tmp_path: Path) -> None:
+    shape = ("--width", 2, "--activation", "relu", "--adaptive-pool", "avg")
+    call("train.py", *shape, "--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
+    model, _ = utils.load_model(tmp_path / "model.pt", CPU)
+    assert model.blocks[0].conv.out_channels == 24 and isinstance(model.act, nn.ReLU)
+    assert isinstance(model.pool, nn.AdaptiveAvgPool2d)
+
+
+def test_a_run_does_not_overwrite_its_teacher(refuse, trained: Path) -> None:
+    before = (trained / "model.pt").read_bytes()
+    refuse("train.py", "--teacher", trained / "model.pt", "--out", trained, words=["--teacher", trained])
+    assert (trained / "model.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "held_out, warned",
+    [({"val_size": 100}, True), ({"val_size": 400}, False), ({}, False), ({"folds": 3, "fold": 1}, True)],
+)
+def test_a_teacher_that_has_seen_held_out_images(held_out: dict, warned: bool, trained: Path, capsys) -> None:
+    """`trained` has held out 400: to hold out the same 400 is sound, others not."""
+    train.make_loss(Recipe(teacher=(str(trained / "model.pt"),), **held_out), CPU)
+    assert ("held out here" in capsys.readouterr().err) == warned
+
+
+def test_foreign_shapes_are_on_by_themselves_only_for_mnists_own_images(call, tiny: Path, tmp_path: Path) -> None:
+    call("train.py", "--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
+    assert utils.load_checkpoint(tmp_path / "model.pt")["recipe"]["foreign"] == 0
+
+
+# --- several runs ----------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_those_of_single_commands_and_are_reported(run, call, tiny: Path, tmp_path: Path) -> None:
+    several = ("--runs", 2, "--seed", 3, "--epochs", 1, "--val-size", 100, "--data-dir", tiny)
+    printed = run("train.py", *several, "--out", tmp_path / "two").stdout
+    call("train.py", "--seed", 4, "--epochs", 1, "--val-size", 100, "--data-dir", tiny, "--out", tmp_path / "one")
+    assert_same_bits(tmp_path / "one" / "model.pt", tmp_path / "two" / "seed-4" / "model.pt")
+    assert "Epoch 1" in (tmp_path / "two" / "seed-4" / "log.txt").read_text()
+
+    report = json.loads((tmp_path / "two" / "runs.json").read_text())
+    values = [run["test_accuracy"] for run in report["runs"]]
+    summary, mean = report["test_accuracy"], sum(values) / 2
+    std = math.sqrt(sum((value - mean) ** 2 for value in values))
+    assert summary == pytest.approx({"mean": mean, "std": std, "sem": std / math.sqrt(2), "min": min(values),
+                                     "max": max(values), "n": 2})  # fmt: skip
+    assert f"Test Accuracy: mean {mean:.3f}%  std {std:.3f}" in printed
+    assert f"{report['ensemble_test_accuracy']:.2f}%" in printed.splitlines()[-1]
+
+
+def test_folds_fail_by_name_and_resume_with_the_rest(run, tiny: Path, tmp_path: Path) -> None:
+    folds = ("--folds", 3, "--jobs", 2, "--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
+    (tmp_path / "fold-2").mkdir()
+    (tmp_path / "fold-2" / "last.pt").write_text("no checkpoint")
+    failed = run("train.py", *folds, "--resume", status=2)
+    assert failed.stderr.splitlines()[-1].startswith("train.py: error: fold-2 failed")
+    assert (tmp_path / "fold-3" / "model.pt").exists() and not (tmp_path / "runs.json").exists()
+    (tmp_path / "fold-2" / "last.pt").unlink()
+    run("train.py", *folds, "--resume")
+    assert "fold-1 is finished" in (tmp_path / "fold-1" / "log.txt").read_text()
+    report = json.loads((tmp_path / "runs.json").read_text())
+    assert report["val_accuracy"]["n"] == 3 and "test_accuracy" not in report["runs"][0]
+
+
+def test_runs_of_different_recipes_have_no_common_figure(call, tiny: Path, tmp_path: Path) -> None:
+    for seed, rate in ((0, 0.1), (1, 0.2)):
+        out = tmp_path / f"seed-{seed}"
+        call("train.py", "--seed", seed, "--peak-lr", rate, "--epochs", 1, "--data-dir", tiny, "--out", out)
+    args, _ = train.parse_args(["--data-dir", str(tiny), "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="different recipes"):
+        train.report(args, [tmp_path / "seed-0", tmp_path / "seed-1"], CPU)
+
+
+# --- TensorBoard -----------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_missing(refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    flags = ("--epochs", 1, "--tensorboard", tmp_path / "runs", "--out", tmp_path / "out")
+    refuse("train.py", *flags, words=["pip install tensorboard"])
+    assert not (tmp_path / "out" / "last.pt").exists()  # said before training, not after
+
+
+def test_tensorboard_has_curves_images_and_hyperparameters(call, tiny: Path, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board, out = tmp_path / "runs", tmp_path / "out"
+    call("train.py", "--epochs", 2, "--val-size", 100, "--tensorboard", board, "--data-dir", tiny, "--out", out)
+    events = accumulator.EventAccumulator(str(board / "out"), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"loss/train", "loss/val", "accuracy/train", "accuracy/val", "learning_rate"} <= set(tags["scalars"])
+    assert [event.step for event in events.Scalars("loss/train")] == [1, 2]
+    assert {"augmented digits", "misclassified digits"} <= set(tags["images"])
+    metrics = utils.load_checkpoint(out / "model.pt")["metrics"]
+    assert events.Scalars("final/test_accuracy")[0].value == pytest.approx(metrics["test_accuracy"])
