@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import utils
-from model import Net, count_parameters, window
+from model import Block, Net, count_parameters, window
 from utils import Split, UserError
+
+PAGE = Path(__file__).resolve().parent / "assets" / "draw.html"
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,10 +35,12 @@ def parse_args() -> argparse.Namespace:
     add("--images", type=Path, nargs="+", metavar="PATH",
         help="read these images, or folders of images, one handwritten digit each, not the test set")  # fmt: skip
     add("--export", type=Path, metavar="FILE",
-        help="write the network to FILE instead: .onnx for ONNX, .html for a page on which one draws digits")  # fmt: skip
+        help="write the network to FILE instead: as ONNX (.onnx), or as a page to draw digits on (.html)")  # fmt: skip
     args = parser.parse_args()
     if args.export and (args.images or args.json):
         parser.error("--export goes with neither --images nor --json")
+    if args.export and args.export.suffix not in EXPORTS:
+        raise UserError(f"--export {args.export}: the name must end in {' or '.join(EXPORTS)}")
     return args
 
 
@@ -138,12 +144,79 @@ def check_onnx(path: Path, model: Net, images: Tensor) -> str:
     return f"checked with onnxruntime: logits differ by at most {difference:.1e}"
 
 
+def export_page(model: Net, path: Path) -> str:
+    """Write assets/draw.html with the weights of `model` to `path`; says what to do with it.
+
+    Raises UserError where the page cannot compute what `model` computes.
+    """
+    page = PAGE.read_bytes().decode()
+    before, old, after = re.split(r'(?<=<script id="network" type="application/json">)(.*)(?=</script>)', page)
+    network = page_network(model, json.loads(old)["digit"])
+    with utils.replacing(path) as temporary:
+        temporary.write_bytes((before + json.dumps(network) + after).encode())
+    return "open it in a browser"
+
+
+def page_network(model: Net, digit: str) -> dict[str, Any]:
+    """`model` as the page reads it: shapes, weights, and its logits for `digit`, 784 bytes in base64.
+
+    Computed in float64, so that the rounded numbers do not depend on the processor. UserError as export_page.
+    """
+    model = copy.deepcopy(model).cpu().double().requires_grad_(False)
+    image = utils.normalize(torch.tensor(list(base64.b64decode(digit))).view(1, 1, 28, 28) / 255.0).double()
+    logits = model(image)
+    try:
+        layers = [fold_norm(block) for block in model.blocks]
+        layers += [(layer.weight, layer.bias) for layer in (model.fc1, model.fc2)]
+        shapes = [list(weights.shape) for weights, _ in layers]
+        pools = [isinstance(block.pool, nn.MaxPool2d) for block in model.blocks]
+        numbers = torch.cat([part.flatten() for layer in layers for part in layer]).float().numpy()
+        network = {
+            "activation": model.architecture["activation"],
+            "adaptive_pool": model.architecture["adaptive_pool"],
+            "blocks": [{"shape": shape, "pool": pool} for shape, pool in zip(shapes, pools)],
+            "fc1": {"shape": shapes[-2]},
+            "fc2": {"shape": shapes[-1]},
+            "digit": digit,
+            "logits": [round(logit, 3) for logit in logits[0].tolist()],
+            "weights": base64.b64encode(numbers.astype("<f4").tobytes()).decode(),
+        }
+        difference = (forward_as_page(network, layers, image) - logits).abs().max().item()
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{PAGE.name} cannot run this network: {error}") from error
+    if not difference < 1e-6:
+        raise UserError(f"{PAGE.name} cannot run this network: its logits would differ by {difference:.1e}")
+    return network
+
+
+def fold_norm(block: Block) -> tuple[Tensor, Tensor]:
+    """Filters (C_out, C_in, k, k) and biases (C_out,) of one convolution that does what `block`'s and its norm do."""
+    scale = block.norm.weight / (block.norm.running_var + block.norm.eps).sqrt()
+    filters = block.conv.weight * scale.view(-1, 1, 1, 1)
+    return filters, (block.conv.bias - block.norm.running_mean) * scale + block.norm.bias
+
+
+def forward_as_page(network: dict[str, Any], layers: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
+    """What forward() in the page computes: images (N, 1, 28, 28) and each layer's weights and biases to logits."""
+    activate = {"relu": F.relu, "silu": F.silu}[network["activation"]]
+    adaptive_pool = {"avg": F.adaptive_avg_pool2d, "max": F.adaptive_max_pool2d}[network["adaptive_pool"]]
+    *convolutions, fc1, fc2 = layers
+    for block, (filters, biases) in zip(network["blocks"], convolutions):
+        x = F.conv2d(x, filters, biases, padding="same")
+        x = activate(F.max_pool2d(x, 2) if block["pool"] else x)
+    x = adaptive_pool(x, 3).flatten(1)
+    return F.linear(activate(F.linear(x, *fc1)), *fc2)
+
+
+EXPORTS = {".onnx": export_onnx, ".html": export_page}  # by the file's ending
+
+
 def main() -> int:
     args = parse_args()
     device = torch.device("cpu") if args.export else utils.choose_device(args.device)
     model, _ = utils.load_model(args.checkpoint, device)
     if args.export:
-        print(f"Wrote {args.export}: {export_onnx(model, args.export)}")
+        print(f"Wrote {args.export}: {EXPORTS[args.export.suffix](model, args.export)}")
         return 0
     status, to_stdout = 0, args.json == "-"
     if args.images:

@@ -90,8 +90,8 @@ def choose_recipe(given: dict[str, Any], last: Path | None) -> Recipe:
         return Recipe(**given)
     try:
         recipe = Recipe(**utils.load_checkpoint(last)["recipe"])
-    except TypeError as error:
-        raise UserError(f"{last} cannot be resumed: its recipe is of another version of train.py") from error
+    except (TypeError, UserError) as error:
+        raise UserError(f"{last} cannot be resumed, its recipe is damaged or of another version: {error}") from error
     for name, value in given.items():
         stored = getattr(recipe, name)
         if stored != value:
@@ -164,7 +164,7 @@ class Recipe:
             values = value if isinstance(value, tuple) else (value,)
             typed = type(value) is type(setting.default) and all(type(v) is rule["kind"] for v in values)
             if not typed or rule["nargs"] not in (None, "+", len(values)):
-                raise UserError(f"{flag(setting.name)} {value!r}: expected a value like {setting.default!r}")
+                raise UserError(f"{flag(setting.name)} is a {type(value).__name__}, not a value like {setting.default!r}")
             if rule["choices"] and value not in rule["choices"]:
                 raise UserError(f"{flag(setting.name)} {value}: choose from {', '.join(rule['choices'])}")
             if rule["kind"] is not str and not all(rule["low"] <= v <= rule["high"] for v in values):
@@ -419,13 +419,13 @@ def restore_state(run: Run, recipe: Recipe, path: Path, data_crc: int) -> None:
         for name, parameter in run.model.named_parameters():
             if recipe.momentum:
                 run.optimizer.state[parameter]["momentum_buffer"] = momentum[name]
-        run.average.count = int(state["updates"])
+        run.average.count, trained_on = int(state["updates"]), int(state["data"])
         run.history = [dict(entry) for entry in state["history"]]
-        if not 0 < len(run.history) == checkpoint["epoch"] <= recipe.epochs or "train_loss" not in run.history[-1]:
+        numbers = all(type(value) in (int, float) for entry in run.history for value in entry.values())
+        if not numbers or not 0 < len(run.history) == checkpoint["epoch"] <= recipe.epochs or not last_metrics(run.history):
             raise ValueError("history")
-        trained_on = state["data"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be resumed: its training state is damaged ({error})") from error
+    except Exception as error:  # a spoilt state makes PyTorch raise nearly anything
+        raise UserError(f"{path} cannot be resumed: its training state is damaged ({error!r:.200})") from error
     if trained_on != data_crc:
         raise UserError(f"{path} was trained on other images; give the --data-dir of that run, or another --out")
 
