@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     add("--resume", action="store_true", help="go on from last.pt in --out, or start if there is none")
     add("--runs", type=at_least(1), default=1, metavar="N", help="train N times, with consecutive seeds")
     add("--jobs", type=at_least(1), metavar="J",
-        help="of --runs or --folds, train J at a time (default: as many as there are cores for; on a GPU 1)")  # fmt: skip
+        help="of --runs or --folds, train J at a time (default: one a core; on a GPU 1)")  # fmt: skip
     add("--tensorboard", type=Path, nargs="?", const=Path("runs"), metavar="DIR",
         help="write curves, images and hyperparameters for TensorBoard (default DIR: runs)")  # fmt: skip
     add("--dry-run", action="store_true", help="a few steps of everything; keeps nothing")
@@ -164,7 +164,8 @@ class Recipe:
             values = value if isinstance(value, tuple) else (value,)
             typed = type(value) is type(setting.default) and all(type(v) is rule["kind"] for v in values)
             if not typed or rule["nargs"] not in (None, "+", len(values)):
-                raise UserError(f"{flag(setting.name)} is a {type(value).__name__}, not a value like {setting.default!r}")
+                kind = type(value).__name__
+                raise UserError(f"{flag(setting.name)} is a {kind}, and not a value like {setting.default!r}")
             if rule["choices"] and value not in rule["choices"]:
                 raise UserError(f"{flag(setting.name)} {value}: choose from {', '.join(rule['choices'])}")
             if rule["kind"] is not str and not all(rule["low"] <= v <= rule["high"] for v in values):
@@ -199,7 +200,7 @@ def run_once(args: argparse.Namespace, recipe: Recipe) -> int:
         raise UserError(f"--teacher: this run would overwrite its teacher in {out}; choose another --out")
     resuming = args.resume and last.exists()
     everything = utils.load_mnist(args.data_dir, train=True, device=device)
-    data_crc = zlib.crc32(everything.images.cpu().numpy())  # tells data sets apart
+    data_crc = zlib.crc32(everything.images.cpu().numpy())
     if not resuming and "foreign" not in args and data_crc != utils.MNIST_CRC32:
         recipe = replace(recipe, foreign=0.0)
     train_split, val_split = hold_out(everything, recipe)
@@ -209,15 +210,15 @@ def run_once(args: argparse.Namespace, recipe: Recipe) -> int:
         few = slice(8 * recipe.batch_size)
         train_split, val_split, test_split = (s and s.select(few) for s in (train_split, val_split, test_split))
 
-    run = begin(recipe, device)
+    run = begin(recipe, device, data_crc)
     if resuming:
-        restore_state(run, recipe, last, data_crc)
+        restore_state(run, recipe, last)
         utils.write_json(out / "history.json", run.history)  # a kill may have come between the two files
         done = len(run.history)
         print(f"Resuming {out} after epoch {done} of {recipe.epochs}" if done < recipe.epochs else f"{out} is finished")
     board = open_board(args.tensorboard / out.name, run.history) if args.tensorboard else None
     try:
-        train(run, recipe, train_split, val_split, out, data_crc, board)
+        train(run, recipe, train_split, val_split, out, board)
     except KeyboardInterrupt:
         kept = "Finished epochs are kept; go on with --resume." if run.history else "No epoch was finished."
         print(f"\nStopped. {kept}", file=sys.stderr)
@@ -245,20 +246,24 @@ class Run:
     average: utils.WeightAverage
     optimizer: torch.optim.SGD
     history: list[dict[str, float]]
+    data_crc: int  # CRC32 of all training images, which tells data sets apart
+
+    def momentum(self) -> dict[str, Tensor]:
+        """The optimiser's momentum, by the names of the weights."""
+        return {name: self.optimizer.state[p]["momentum_buffer"] for name, p in self.model.named_parameters()}
 
 
-def begin(recipe: Recipe, device: torch.device) -> Run:
+def begin(recipe: Recipe, device: torch.device, data_crc: int) -> Run:
     """A run before its first step."""
     torch.manual_seed(utils.derive_seed(recipe.seed, 0, 2))
     model = Net(recipe.width, recipe.activation, recipe.adaptive_pool, recipe.dropout, recipe.fc_dropout)
     model = utils.place(model, device)
     average = utils.WeightAverage(model, recipe.ema / AVERAGE_EVERY)
-    return Run(model, average, utils.make_optimizer(model, recipe.lr, recipe.momentum, recipe.weight_decay), [])
+    optimizer = utils.make_optimizer(model, recipe.lr, recipe.momentum, recipe.weight_decay)
+    return Run(model, average, optimizer, [], data_crc)
 
 
-def train(
-    run: Run, recipe: Recipe, train_split: Split, val_split: Split | None, out: Path, data_crc: int, board: Any
-) -> None:
+def train(run: Run, recipe: Recipe, train_split: Split, val_split: Split | None, out: Path, board: Any) -> None:
     """Train the rest of the run's epochs; after each, write last.pt and history.json and print its log."""
     device = train_split.labels.device
     augmentation = Augmentation(*(getattr(recipe, name) for name in Augmentation._fields))
@@ -277,7 +282,7 @@ def train(
         if not all(tensor.isfinite().all() for tensor in run.average.model.state_dict().values()):
             raise UserError(f"the weights are not finite after epoch {epoch + 1}; try a lower --peak-lr")
         run.history.append(entry)
-        save_state(run, recipe, out / "last.pt", data_crc)
+        save_state(run, recipe, out / "last.pt")
         utils.write_json(out / "history.json", run.history)
         print_epoch(entry)
         if board:
@@ -314,7 +319,7 @@ def train_epoch(run: Run, train_loader: Loader, loss_fn: Callable, recipe: Recip
                 raise UserError(f"the loss is {mean_loss} in epoch {epoch + 1}; try a lower --peak-lr")
             bar.set_postfix(loss=f"{mean_loss:.4f}", accuracy=f"{accuracy:.2f}%", refresh=False)
     return {
-        "epoch": epoch + 1, "learning_rate": learning_rate(epoch * steps, steps, recipe), 
+        "epoch": epoch + 1, "learning_rate": learning_rate(epoch * steps, steps, recipe),
         "dropout_factor": dropout_factor(epoch / recipe.epochs, recipe.dropout_until),
         "train_loss": mean_loss, "train_accuracy": accuracy, "seconds": time.perf_counter() - start,
     }  # fmt: skip
@@ -391,42 +396,35 @@ def last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
     return {name: value for name, value in history[-1].items() if name.startswith(("train_", "val_"))}
 
 
-def save_state(run: Run, recipe: Recipe, path: Path, data_crc: int) -> None:
+def save_state(run: Run, recipe: Recipe, path: Path) -> None:
     """Write all that the run needs to go on: a checkpoint of the averaged network with a part "training"."""
-    momentum = {
-        name: run.optimizer.state[parameter]["momentum_buffer"]
-        for name, parameter in run.model.named_parameters() if recipe.momentum
-    }  # fmt: skip
     training = {
-        "weights": run.model.state_dict(), "momentum": momentum, "updates": run.average.count, "history": run.history,
-        "data": data_crc,
-    }  # fmt: skip
-    utils.save_checkpoint(
-        path, run.average.model, recipe=asdict(recipe), epoch=len(run.history), metrics=last_metrics(run.history),
-        training=training,
-    )  # fmt: skip
+        "weights": run.model.state_dict(),
+        "momentum": run.momentum(),
+        "updates": run.average.count,
+        "history": run.history,
+        "data_crc": run.data_crc,
+    }
+    contents = {"recipe": asdict(recipe), "epoch": len(run.history), "metrics": last_metrics(run.history)}
+    utils.save_checkpoint(path, run.average.model, **contents, training=training)
 
 
-def restore_state(run: Run, recipe: Recipe, path: Path, data_crc: int) -> None:
+def restore_state(run: Run, recipe: Recipe, path: Path) -> None:
     """Take up what `save_state` wrote to `path`; UserError if it is damaged or has learnt from other images."""
     checkpoint = utils.load_checkpoint(path)
     try:
         state = checkpoint["training"]
-        momentum = {name: torch.empty_like(p) for name, p in run.model.named_parameters() if recipe.momentum}
         utils.load_tensors(run.model.state_dict(), state["weights"])
         utils.load_tensors(run.average.model.state_dict(), checkpoint["model"])
-        utils.load_tensors(momentum, state["momentum"])
-        for name, parameter in run.model.named_parameters():
-            if recipe.momentum:
-                run.optimizer.state[parameter]["momentum_buffer"] = momentum[name]
-        run.average.count, trained_on = int(state["updates"]), int(state["data"])
+        utils.load_tensors(run.momentum(), state["momentum"])
+        run.average.count, trained_on = int(state["updates"]), int(state["data_crc"])
         run.history = [dict(entry) for entry in state["history"]]
         numbers = all(type(value) in (int, float) for entry in run.history for value in entry.values())
-        if not numbers or not 0 < len(run.history) == checkpoint["epoch"] <= recipe.epochs or not last_metrics(run.history):
+        if not (numbers and last_metrics(run.history) and len(run.history) == checkpoint["epoch"] <= recipe.epochs):
             raise ValueError("history")
     except Exception as error:  # a spoilt state makes PyTorch raise nearly anything
         raise UserError(f"{path} cannot be resumed: its training state is damaged ({error!r:.200})") from error
-    if trained_on != data_crc:
+    if trained_on != run.data_crc:
         raise UserError(f"{path} was trained on other images; give the --data-dir of that run, or another --out")
 
 
@@ -478,13 +476,15 @@ def run_several(args: argparse.Namespace, recipe: Recipe) -> int:
         seeds = range(recipe.seed, recipe.seed + args.runs)
         parts = {args.out / f"seed-{seed}": ["--runs", 1, "--seed", seed] for seed in seeds}
     board = ["--tensorboard", args.tensorboard / args.out.name] if args.tensorboard else []
-    commands = {
-        folder: [sys.executable, __file__, *sys.argv[1:], *map(str, [*words, "--out", folder, *board])]
-        for folder, words in parts.items()
-    }  # fmt: skip
+    same = [sys.executable, __file__, *sys.argv[1:]]  # of two equal flags the last one counts
+    commands = {folder: [*same, *map(str, [*words, "--out", folder, *board])] for folder, words in parts.items()}
     device = utils.choose_device(args.device)
     jobs = args.jobs or (max(1, available_cores() // recipe.threads) if device.type == "cpu" else 1)
-    failed = run_side_by_side(commands, jobs, recipe.epochs, "a" if args.resume else "w")
+    try:
+        failed = run_side_by_side(commands, jobs, recipe.epochs, "a" if args.resume else "w")
+    except KeyboardInterrupt:
+        print("\nStopped. What was finished is kept; the same command with --resume goes on.", file=sys.stderr)
+        return 130
     if failed:
         raise UserError(f"{', '.join(failed)} failed; the same command with --resume goes on with the rest")
     if not args.dry_run:
@@ -514,9 +514,6 @@ def run_side_by_side(commands: dict[Path, list[str]], jobs: int, epochs: int, mo
                 if running.pop(folder).returncode:
                     failed.append(folder.name)
                 tqdm.write(f"{folder.name}: {(log_text(folder).splitlines() or ['no output'])[-1]}")
-    except KeyboardInterrupt:
-        print("\nStopped. What was finished is kept; the same command with --resume goes on.", file=sys.stderr)
-        raise
     finally:
         bar.close()
         for process in running.values():
@@ -541,7 +538,7 @@ def available_cores() -> int:
 def report(args: argparse.Namespace, folders: list[Path], device: torch.device) -> None:
     """Table and summary of the runs in `folders`, and for seeds the accuracy of their ensemble; also to runs.json."""
     models, checkpoints = zip(*(utils.load_model(folder / "model.pt", device) for folder in folders))
-    recipes = [{**c["recipe"], "seed": None, "fold": None, "teacher": None} for c in checkpoints]
+    recipes = [{**c["recipe"], "seed": None, "fold": None} for c in checkpoints]
     for folder, recipe in zip(folders, recipes):
         if recipe != recipes[0]:
             raise UserError(f"{folder} and {folders[0]} were trained by different recipes: no common figure")

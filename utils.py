@@ -467,10 +467,13 @@ def pixel_grid(side: int) -> Tensor:
 
 
 def make_optimizer(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD with Nesterov momentum, each step one fused call."""
-    return torch.optim.SGD(
+    """SGD with Nesterov momentum, each step one fused call; the momentum is there, as zeros, before the first step."""
+    optimizer = torch.optim.SGD(
         model.parameters(), lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay, fused=True
     )
+    for parameter in model.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def one_cycle(step: int, total: int, lr: float, peak_lr: float, warmup: float) -> float:

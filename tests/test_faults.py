@@ -7,7 +7,6 @@ import io
 import os
 import pickle
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -298,12 +297,12 @@ def spoil(node: Any, rng: random.Random) -> None:
 
 
 def test_spoilt_training_states_are_refused_or_harmless(
-    call, trained: Path, environment: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path, environment: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--resume of a last.pt with one value spoilt: one line and nothing changed, or the same bits; never a crash."""
     last, rng, refusals = tmp_path / "last.pt", random.Random(0), 0
     finished = torch.load(trained / "last.pt", weights_only=True)
-    for _ in range(400):
+    for _ in range(60):
         checkpoint = copy.deepcopy(finished)
         spoil(checkpoint, rng)
         torch.save(checkpoint, last)
@@ -317,8 +316,9 @@ def test_spoilt_training_states_are_refused_or_harmless(
             assert last.read_bytes() == before
             refusals += 1
         else:
-            assert torch.equal(torch.load(tmp_path / "model.pt")["model"]["fc1.weight"], finished["model"]["fc1.weight"])
-    assert refusals > 50
+            weights = utils.load_checkpoint(tmp_path / "model.pt")["model"]["fc1.weight"]
+            assert torch.equal(weights, finished["model"]["fc1.weight"])
+    assert refusals > 30
 
 
 def test_other_training_images_are_not_resumed_with(refuse, trained: Path, data_dir: Path, tmp_path: Path) -> None:
