@@ -6,19 +6,26 @@ import argparse
 import base64
 import copy
 import json
+import math
+import os
 import re
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageOps, ImageStat
 from torch import Tensor
+from tqdm import tqdm
 
 import utils
 from model import Block, Net, count_parameters, window
-from utils import Split, UserError
+from utils import IMAGE_SIZE, Split, UserError
 
 PAGE = Path(__file__).resolve().parent / "assets" / "draw.html"
 
@@ -97,11 +104,244 @@ def print_report(path: Path, results: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Your own digits
-def find_images(paths): ...
-def read_digit(path): ...
-def classify(model, digits): ...
-def read_images(model, paths, quiet): ...
+# Your own digits: photos and scans, prepared as MNIST's images were (LeCun et al., 1998)
+
+MIN_SIDE, MAX_PIXELS = 8, 64 * 2**20  # smaller and larger images are refused
+WORK_SIZE = 512  # pixels a side; larger images are averaged down to this at once
+PAPER_SIZE = 32  # at this size the paper's brightness is fitted
+OVERVIEW_SIZE = 64  # at this size the digit is told from frames and specks
+MIN_CONTRAST = 0.03  # of the paper's brightness: fainter marks are taken for paper
+INK_LEVEL = 1 / 3  # of the darkest ink's depth: what is fainter is a shadow or noise
+MIN_PART = 0.03  # of the digit's ink: smaller parts are specks
+MARGIN = 0.12  # of the image's shorter side: ink that stays within it is a frame, a ruled box or the scanner's lid
+DIGIT_SIZE = 20  # MNIST's digits fit into 20 x 20 of the 28 x 28 pixels
+ZOOM = 3  # the digit is cut out this many times larger
+MIN_STROKE = 2.0  # of the 20 pixels: thinner pens are thickened; nine tenths of MNIST's strokes are 1.6 to 3.6 wide
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Files of `paths` as given, whether they exist or not; folders by what they hold, at any depth, sorted.
+
+    In a folder, endings that Pillow reads count, hidden files do not. A folder without any stands for itself.
+    """
+    readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = []
+    for path in paths:
+        images = [file for file in path.rglob("*") if file.suffix.lower() in readable] if os.path.isdir(path) else []
+        visible = [file for file in images if not any(p.startswith(".") for p in file.relative_to(path).parts)]
+        found += sorted(visible) or [path]
+    return found
+
+
+def read_digit(path: Path) -> tuple[Image.Image, Tensor]:
+    """The image at `path`, RGB and at most 512 pixels a side, and its digit prepared, uint8 (28, 28), ink 255 on 0.
+
+    Raises UserError, one line naming the file, for what cannot be read, is blank, too small or too large.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"{path}: no images in this folder")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large and odd files; what matters is refused below
+            image = open_image(path)
+        gray = torch.from_numpy(np.asarray(image.convert("L"), np.float32) / 255)
+        return image, prepare_digit(gray)
+    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path}: {reason}") from error
+
+
+def open_image(path: Path) -> Image.Image:
+    """The first frame as one sees it: upright, without transparency, RGB; ValueError for an unfit size."""
+    with Image.open(path) as image:
+        width, height = image.size
+        if min(width, height) < MIN_SIDE:
+            raise ValueError(f"{width} x {height} pixels are too few, {MIN_SIDE} a side are needed")
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} pixels are too many")
+        image.draft(None, (WORK_SIZE, WORK_SIZE))  # a large JPEG is decoded at a half, a quarter or an eighth
+        if image.mode[0] in "IF":
+            image = stretch(image)
+        elif image.mode not in ("L", "RGB"):
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image = image.reduce(math.ceil(max(image.size) / WORK_SIZE))
+        if image.mode == "RGBA":
+            image = on_backdrop(image)
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def stretch(image: Image.Image) -> Image.Image:
+    """16-bit or floating-point grey in 8 bits: its darkest value becomes black, its lightest white."""
+    image = image.convert("F")
+    low, high = image.getextrema()
+    scale = 255 / max(high - low, 1e-6)
+    return image.point(lambda value: value * scale - low * scale).convert("L")
+
+
+def on_backdrop(image: Image.Image) -> Image.Image:
+    """RGBA laid on white, or on black where what is visible is itself light."""
+    visible = ImageStat.Stat(image.convert("L"), image.getchannel("A").point(lambda alpha: alpha > 127 and 255))
+    backdrop = Image.new("RGBA", image.size, "black" if visible.sum[0] > 127 * visible.count[0] else "white")
+    backdrop.alpha_composite(image)
+    return backdrop
+
+
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """(H, W) -> (height, width): averages to make it smaller, interpolates to make it larger."""
+    return F.interpolate(image[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
+
+
+def fit_within(image: Tensor, side: int) -> Tensor:
+    """(H, W) in proportion, its longer side `side` pixels."""
+    return resize(image, *(max(1, round(n * side / max(image.shape))) for n in image.shape))
+
+
+def dilate(image: Tensor, window: int) -> Tensor:
+    """The maximum of (H, W) over a square of `window` pixels, an odd number, around each pixel."""
+    return F.max_pool2d(image[None, None], window, 1, window // 2)[0, 0]
+
+
+def crop(image: Tensor, mask: Tensor) -> Tensor:
+    """(H, W) without the rows and columns around what is set in `mask` (H, W)."""
+    rows, columns = (mask.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+    return image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def prepare_digit(gray: Tensor) -> Tensor:
+    """Brightness (H, W), 0 to 1, of dark ink or light -> uint8 (28, 28) as in MNIST; ValueError if it is blank."""
+    small = fit_within(gray, PAPER_SIZE)
+    if is_light_on_dark(small):
+        gray, small = 1 - gray, 1 - small
+    paper = resize(fit_paper(small), *gray.shape)
+    depth = ((paper - gray) / paper.clamp(min=0.05)).clamp(min=0)  # how much of the light the ink swallows
+    return center(thicken(cut_out(depth)))
+
+
+def is_light_on_dark(gray: Tensor) -> bool:
+    """Whether ink is lighter than the paper in (H, W): ink is rare, which skews the histogram, and not at the border.
+
+    A frame may cover the border, so that it has less of a say.
+    """
+    flat = gray - resize(resize(gray, 3, 3), *gray.shape)  # uneven light makes large differences, ink small ones
+    flat = (flat - flat.mean()) / flat.std().clamp(min=1e-6)
+    border = torch.cat([flat[0], flat[-1], flat[:, 0], flat[:, -1]]).mean()
+    return bool((flat**3).mean() > border.clamp(-0.8, 0.8))
+
+
+def fit_paper(gray: Tensor) -> Tensor:
+    """What (H, W) would be without its dark ink: a quadratic surface with a quarter of the pixels above it.
+
+    Quantile regression by reweighted least squares. It follows a lamp, a window or a lens, and is too stiff for ink.
+    """
+    y, x = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in gray.shape), indexing="ij")
+    terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], 2).view(-1, 6)
+    brightness, weight = gray.reshape(-1, 1), torch.ones(gray.numel(), 1)
+    for _ in range(5):
+        surface = terms @ torch.linalg.lstsq(weight * terms, weight * brightness).solution
+        above = brightness - surface
+        weight = (torch.where(above > 0, 0.75, 0.25) / above.abs().clamp(min=0.01)).sqrt()
+    return surface.view_as(gray)
+
+
+def cut_out(depth: Tensor) -> Tensor:
+    """The digit in `depth` (H, W), cropped, ink 1 on 0, some 60 pixels a side; ValueError if there is none."""
+    overview = fit_within(depth, OVERVIEW_SIZE)
+    if overview.max() < MIN_CONTRAST:
+        raise ValueError("blank, no ink found")
+    window = resize(select_digit(overview), *depth.shape)
+    digit = fit_within(crop(depth * window, window > 0), ZOOM * (DIGIT_SIZE + 4))
+    full = digit[digit > 0.4 * digit.max()].quantile(0.6)  # the middle of a stroke
+    ink = (2 * digit / full - 0.5).clamp(0, 1)
+    return crop(ink, ink > 0.5)
+
+
+def select_digit(depth: Tensor) -> Tensor:
+    """1 in (H, W) where the digit is and a pixel around, 0 elsewhere: all parts of the ink but frames and specks."""
+    ink = depth > INK_LEVEL * depth.max()
+    parts = number_parts(ink)
+    mass = torch.bincount(parts.flatten(), (depth * ink).flatten())
+    (height, width), margin = ink.shape, int(MARGIN * min(ink.shape))
+    inside = parts[margin : height - margin, margin : width - margin].flatten()
+    mass_inside = mass * (torch.bincount(inside, minlength=len(mass)) > 0)
+    if mass_inside.max() > MIN_PART * mass.max():  # else a small digit lies in a corner
+        mass = mass_inside
+    digit = ink & (mass >= MIN_PART * mass.max())[parts]
+    return dilate(digit.float(), 3) * (digit | ~ink)
+
+
+def number_parts(mask: Tensor) -> Tensor:
+    """Connected parts of `mask` (H, W), corners touching: int64 (H, W), the same number all over a part, 0 outside.
+
+    Each pixel takes the largest number around it, then the number that the pixel of this number has by now.
+    """
+    numbers = torch.arange(1.0, mask.numel() + 1).view_as(mask) * mask
+    while True:
+        largest = (dilate(numbers, 3) * mask).long()
+        following = F.pad(largest.flatten().float(), [1, 0])[largest]
+        if (following == numbers).all():
+            return largest
+        numbers = following
+
+
+def thicken(ink: Tensor) -> Tensor:
+    """Cropped `ink` (H, W) with strokes of at least MIN_STROKE; their width is 2 area / perimeter."""
+    pixel = max(ink.shape) / DIGIT_SIZE
+    ink = F.pad(ink, [2 * ZOOM] * 4)
+    perimeter = torch.hypot(ink.diff(dim=0)[:, 1:], ink.diff(dim=1)[1:]).sum()
+    missing = MIN_STROKE * pixel - 2 * ink.sum() / perimeter
+    return dilate(ink, 2 * round(max(missing.item(), 0) / 2) + 1)
+
+
+def center(ink: Tensor) -> Tensor:
+    """`ink` (H, W), 0 to 1, fitted into 20 pixels, its centre of mass in the middle of uint8 (28, 28)."""
+    ink = fit_within(crop(ink, ink > 0.5), DIGIT_SIZE)
+    (height, width), mass = ink.shape, ink.sum()
+    top = round(IMAGE_SIZE / 2 - ((torch.arange(height) + 0.5) @ ink.sum(1) / mass).item())
+    left = round(IMAGE_SIZE / 2 - ((torch.arange(width) + 0.5) @ ink.sum(0) / mass).item())
+    ink = F.pad(ink, [left, IMAGE_SIZE - width - left, top, IMAGE_SIZE - height - top])
+    return (255 * ink / ink.max()).round().byte()
+
+
+def classify(model: nn.Module, digits: Tensor) -> Tensor:
+    """Probabilities float (N, 10), on the CPU, of prepared digits uint8 (N, 28, 28)."""
+    device = next(model.parameters()).device
+    no_labels = torch.zeros(len(digits), dtype=torch.long, device=device)
+    return utils.predict(model, Split(digits.unsqueeze(1).to(device), no_labels)).softmax(1).cpu()
+
+
+def read_images(model: Net, paths: Sequence[Path], quiet: bool) -> tuple[dict[str, Any], int]:
+    """Classify images, printing a line each unless `quiet`; returns the results and the exit status.
+
+    A file that cannot be read is a warning, and makes the status 1.
+    """
+    files, readable, digits = find_images(paths), [], []
+    for path in (bar := tqdm(files, "Reading", leave=False, delay=2, disable=None)):
+        try:
+            digits.append(read_digit(path)[1])
+            readable.append(path)
+        except UserError as error:
+            bar.clear()
+            utils.warn(str(error))
+    probabilities = classify(model, torch.stack(digits)) if digits else torch.empty(0, 10)
+    images = [describe(path, p.tolist()) for path, p in zip(readable, probabilities)]
+    results: dict[str, Any] = {"images": images}
+    right = [image["digit"] == image["label"] for image in images if "label" in image]
+    if right:
+        results["accuracy"] = 100 * sum(right) / len(right)
+    if not quiet:
+        for image in images:
+            print(f"{image['path']}\t{image['digit']}\t{image['confidence']:.4f}")
+        if right:
+            print(f"Accuracy: {results['accuracy']:.2f}% ({sum(right)} of {len(right)})")
+    return results, int(len(readable) < len(files))
+
+
+def describe(path: Path, probabilities: list[float]) -> dict[str, Any]:
+    """What is reported of one image; the label is the name of its folder, where that is a digit."""
+    confidence = max(probabilities)
+    digit, folder = probabilities.index(confidence), path.absolute().parent.name
+    label = {"label": int(folder)} if folder in set("0123456789") else {}
+    return {"path": str(path), "digit": digit, "confidence": confidence, "probabilities": probabilities, **label}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
