@@ -25,7 +25,6 @@ import utils
 from model import ACTIVATIONS, ADAPTIVE_POOLS, Net
 from utils import Augmentation, Loader, Split, UserError, at_least
 
-AVERAGE_EVERY = 8  # steps between two updates of the weight average: a step moves the weights too little to notice
 PLAIN_EVERY = 12  # the averaged network's normalisations are measured on one training image in so many
 CHECK_EVERY = 50  # steps between two looks at the loss, each of which makes a GPU wait
 SPLIT_SEED = 0  # the same images are held out whatever --seed says, so that runs compare
@@ -59,12 +58,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     """The command line, and in a dict of its own what it says of the recipe."""
     parser = argparse.ArgumentParser(description="Train the 16,966-parameter CNN on MNIST.")
     recipe = parser.add_argument_group("recipe (saved in the checkpoint)")
-    for setting in fields(Recipe):
-        rule = setting.metadata
+    for f in fields(Recipe):
+        rule = f.metadata
         recipe.add_argument(
-            flag(setting.name), type=rule["kind"], nargs=rule["nargs"], choices=rule["choices"],
+            flag(f.name), type=rule["kind"], nargs=rule["nargs"], choices=rule["choices"],
             metavar=None if rule["choices"] else rule["kind"].__name__.upper(), default=argparse.SUPPRESS,
-            help=f"{rule['help']} (default: {show(setting.default) or 'none'})",
+            help=f"{rule['help']} (default: {show(f.default) or 'none'})",
         )  # fmt: skip
     utils.add_common_flags(parser)
     add = parser.add_argument
@@ -138,7 +137,7 @@ class Recipe:
         0.35, "augmentation: elastic distortion, standard deviation in pixels of a coarse grid's points", 0, 10
     )
     foreign: float = setting(
-        0.0, "share of the ones, sevens and nines that get a flag, a bar or a tail, as much of the world writes them;"
+        0.25, "share of the ones, sevens and nines that get a flag, a bar or a tail, as much of the world writes them;"
         " without this flag only where the training images are MNIST's own", 0, 1,
     )  # fmt: skip
     width: int = setting(1, "times as many channels: a teacher", 1, utils.MAX_WIDTH)
@@ -158,18 +157,23 @@ class Recipe:
     )  # fmt: skip
     seed: int = setting(0, "of weights, order, augmentation and dropout", 0, 2**31)
 
+    @property
+    def augmentation(self) -> Augmentation:
+        """The settings that it is made of."""
+        return Augmentation(self.rotation, self.scale, self.translate, self.shear, self.elastic)
+
     def __post_init__(self) -> None:
-        for setting in fields(self):
-            value, rule = getattr(self, setting.name), setting.metadata
+        for f in fields(self):
+            value, rule = getattr(self, f.name), f.metadata
             values = value if isinstance(value, tuple) else (value,)
-            typed = type(value) is type(setting.default) and all(type(v) is rule["kind"] for v in values)
+            typed = type(value) is type(f.default) and all(type(v) is rule["kind"] for v in values)
             if not typed or rule["nargs"] not in (None, "+", len(values)):
                 kind = type(value).__name__
-                raise UserError(f"{flag(setting.name)} is a {kind}, and not a value like {setting.default!r}")
+                raise UserError(f"{flag(f.name)} is a {kind}, and not a value like {f.default!r}")
             if rule["choices"] and value not in rule["choices"]:
-                raise UserError(f"{flag(setting.name)} {value}: choose from {', '.join(rule['choices'])}")
+                raise UserError(f"{flag(f.name)} {value}: choose from {', '.join(rule['choices'])}")
             if rule["kind"] is not str and not all(rule["low"] <= v <= rule["high"] for v in values):
-                raise UserError(f"{flag(setting.name)} {show(value)} is not from {rule['low']} to {rule['high']}")
+                raise UserError(f"{flag(f.name)} {show(value)} is not from {rule['low']} to {rule['high']}")
         if self.lr > self.peak_lr:
             raise UserError(f"--lr {self.lr} is above --peak-lr {self.peak_lr}: the cycle rises from one to the other")
         if self.folds == 1 or self.fold > self.folds:
@@ -258,7 +262,7 @@ def begin(recipe: Recipe, device: torch.device, data_crc: int) -> Run:
     torch.manual_seed(utils.derive_seed(recipe.seed, 0, 2))
     model = Net(recipe.width, recipe.activation, recipe.adaptive_pool, recipe.dropout, recipe.fc_dropout)
     model = utils.place(model, device)
-    average = utils.WeightAverage(model, recipe.ema / AVERAGE_EVERY)
+    average = utils.WeightAverage(model, recipe.ema)
     optimizer = utils.make_optimizer(model, recipe.lr, recipe.momentum, recipe.weight_decay)
     return Run(model, average, optimizer, [], data_crc)
 
@@ -266,8 +270,7 @@ def begin(recipe: Recipe, device: torch.device, data_crc: int) -> Run:
 def train(run: Run, recipe: Recipe, train_split: Split, val_split: Split | None, out: Path, board: Any) -> None:
     """Train the rest of the run's epochs; after each, write last.pt and history.json and print its log."""
     device = train_split.labels.device
-    augmentation = Augmentation(*(getattr(recipe, name) for name in Augmentation._fields))
-    train_loader = Loader(train_split, recipe.batch_size, augmentation, recipe.seed)
+    train_loader = Loader(train_split, recipe.batch_size, recipe.augmentation, recipe.seed)
     plain_loader = Loader(train_split.select(slice(None, None, PLAIN_EVERY)), batch_size=500)
     loss_fn = make_loss(recipe, device)
     if board:
@@ -307,8 +310,7 @@ def train_epoch(run: Run, train_loader: Loader, loss_fn: Callable, recipe: Recip
         loss = loss_fn(logits, labels, images)
         loss.backward()
         run.optimizer.step()
-        if step % AVERAGE_EVERY == 0 or step == steps:
-            run.average.update(run.model)
+        run.average.update(run.model)
 
         total_loss += loss.detach() * len(labels)
         correct += (logits.argmax(1) == labels).sum()

@@ -489,21 +489,21 @@ def one_cycle(step: int, total: int, lr: float, peak_lr: float, warmup: float) -
 
 
 class WeightAverage:
-    """Exponential moving average of a network's weights over about `updates` updates, in `model`, without dropout.
+    """Exponential moving average of a network's weights over about `steps` steps, in `model`, without dropout.
 
-    The first update copies the weights; after n, a new one weighs 1 / (1 + n / 10) until that falls to 1 / `updates`.
+    The first step copies the weights; after n, a new one weighs 1 / (1 + n / 10) until that falls to 1 / `steps`.
     Running statistics are not averaged: `torch.optim.swa_utils.update_bn` measures them.
     """
 
-    def __init__(self, model: Net, updates: float) -> None:
+    def __init__(self, model: Net, steps: float) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.model.scale_dropout(0)
-        self.updates, self.count = max(1.0, updates), 0
+        self.steps, self.count = steps, 0
 
     @torch.no_grad()
     def update(self, model: Net) -> None:
         """Take in the present weights of `model`."""
-        weight = max(1 / self.updates, 1 / (1 + self.count / 10))
+        weight = max(1 / self.steps, 1 / (1 + self.count / 10))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)
         self.count += 1
 
@@ -570,8 +570,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             if file.read(4) != b"PK\x03\x04" or archive.testzip():
                 raise ValueError("wrong beginning or checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"architecture", "model", "recipe", "epoch", "metrics"} <= checkpoint.keys():
-            raise ValueError("parts are missing")
+        kinds = {"architecture": dict, "model": dict, "recipe": dict, "metrics": dict, "epoch": int}
+        if any(type(checkpoint[part]) is not kind for part, kind in kinds.items()):
+            raise ValueError("parts are of another kind")
     except FileNotFoundError as error:
         hint = "make one with `python train.py`, or use the released one, assets/mnist_cnn.pt"
         raise UserError(f"no checkpoint at {path}: {hint}") from error

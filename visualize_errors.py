@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +27,14 @@ from test_model import classify, find_images, read_digit
 from utils import Split, UserError, at_least
 
 EXPLAINED = 8  # mistakes in explain.png
-ACCURACY_TICKS = (10, 20, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.98, 100)
 MAPS_SHOWN = 24  # feature maps of a block in filters.png; wider networks have more
+ACCURACY_TICKS = (10, 20, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.98, 100)
 INK, ACCENT, MUTED = "0.15", "#d55e00", "0.45"
 STYLE = {
     "font.size": 9, "axes.titlesize": 8.5, "axes.titlepad": 4, "figure.titlesize": 11, "figure.titleweight": "bold",
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "0.6", "axes.labelcolor": "0.25",
     "xtick.color": "0.4", "ytick.color": "0.4", "legend.frameon": False, "savefig.dpi": 150,
+    "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.1,
 }  # fmt: skip
 # Ten colours that colour-blind readers can tell apart (Petroff, "Accessible Color Sequences", 2021).
 DIGIT_COLORS = np.array(["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
@@ -61,12 +60,17 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What there is to draw
+
+
 class Reading(NamedTuple):
-    """A split on the CPU, what the network reads in it, and its confidence in that: all (N,)."""
+    """A split and what the network makes of it, on the CPU."""
 
     split: Split
-    predicted: Tensor
-    confidence: Tensor
+    predicted: Tensor  # digits (N,)
+    confidence: Tensor  # probabilities of the predicted digits (N,)
+    features: Tensor  # what the last layer sees (N, D)
 
     def mistakes(self) -> Tensor:
         """Indices of the misread digits, most confident mistake first."""
@@ -75,113 +79,103 @@ class Reading(NamedTuple):
 
     def summary(self) -> str:
         """How many digits are misread, in words."""
-        wrong = len(self.mistakes())
-        return f"{f'{wrong:,}' if wrong else 'None'} of {len(self.predicted):,} test digits misread"
+        return f"{len(self.mistakes()):,} of {len(self.predicted):,} test digits misread"
 
 
 def read(model: Net, split: Split) -> Reading:
-    """Run `model` over `split`."""
-    confidence, predicted = utils.predict(model, split).softmax(1).cpu().max(1)
-    return Reading(Split(split.images.cpu(), split.labels.cpu()), predicted, confidence)
+    """Run `model` over `split`, on the device of both."""
+    features = []
+    with model.fc2.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0])):
+        logits = utils.predict(model, split)
+    confidence, predicted = logits.softmax(1).cpu().max(1)
+    return Reading(Split(split.images.cpu(), split.labels.cpu()), predicted, confidence, torch.cat(features).cpu())
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
     """The entries that train.py wrote, one an epoch; UserError if the file holds anything else."""
-    needed = {"epoch", "learning_rate", "train_loss", "train_accuracy"}
+    needed = ("epoch", "learning_rate", "train_loss", "train_accuracy")
     try:
         history = json.loads(path.read_text(encoding="utf-8"))
-        sound = len(history) > 0 and all(
-            needed <= entry.keys() and all(math.isfinite(value) for value in entry.values()) for entry in history
-        )
+        sound = len(history) > 0 and all(math.isfinite(entry[name]) for entry in history for name in needed)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, TypeError, LookupError):
         sound = False
     if not sound:
         raise UserError(f"{path} is damaged or not a history of train.py; delete it or train again")
     return history
 
 
-@contextmanager
-def recording(*modules: nn.Module) -> Iterator[dict[nn.Module, list[Tensor]]]:
-    """Collect the outputs of `modules`, one for each forward pass within the context; the hooks go with it."""
-    outputs: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
-    hooks = [m.register_forward_hook(lambda module, _, output: outputs[module].append(output)) for m in modules]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
+def network_input(image: Tensor) -> Tensor:
+    """An image uint8 (1, 28, 28) as a batch of one, float (1, 1, 28, 28)."""
+    return utils.normalize(image.unsqueeze(0) / 255)
 
 
-def grad_cam(model: Net, x: Tensor, classes: Tensor) -> Tensor:
-    """Where the last 3x3 convolution finds what speaks for `classes` (N,) in `x` (N, 1, 28, 28): (N, 28, 28), >= 0.
+def grad_cam(model: Net, x: Tensor, digit: int) -> Tensor:
+    """Where the last convolution wider than 1x1 finds what speaks for `digit` in x (1, 1, 28, 28): (28, 28), >= 0.
 
-    Grad-CAM (Selvaraju et al., 2017): its feature maps after the activation, where zero means "not there", weighted
-    by the mean gradient of the class's logit over each map, summed, rectified and interpolated to the input's size.
+    Grad-CAM (Selvaraju et al., 2017): the feature maps of its block, after the activation, weighted by the mean
+    gradient of the digit's logit over each map, summed, rectified and interpolated to the input's size.
     """
-    layer = [block for block in model.blocks if block.conv.kernel_size == (3, 3)][-1].act
-    with recording(layer) as outputs:
+    block = [block for block in model.blocks if max(block.conv.kernel_size) > 1][-1]
+    outputs = []
+    with block.register_forward_hook(lambda module, inputs, output: outputs.append(output)):
         logits = model(x)
-    maps = outputs[layer][0]
-    (gradients,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), maps)
+    (maps,) = outputs
+    (gradients,) = torch.autograd.grad(logits[0, digit], maps)
     cam = F.relu((gradients.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True))
-    return F.interpolate(cam.detach(), x.shape[2:], mode="bilinear", align_corners=False).squeeze(1)
+    return F.interpolate(cam.detach(), x.shape[2:], mode="bilinear", align_corners=False)[0, 0]
 
 
-def smooth_grad(model: Net, x: Tensor, classes: Tensor, samples: int = 100, noise: float = 0.2) -> Tensor:
-    """How strongly each pixel of `x` (N, 1, 28, 28) moves the logits of `classes` (N,): (N, 28, 28), >= 0.
+def smooth_grad(model: nn.Module, x: Tensor, digit: int, samples: int = 100, noise: float = 0.2) -> Tensor:
+    """How strongly each pixel of x (1, 1, 28, 28) moves the logit of `digit`: (28, 28), >= 0.
 
     SmoothGrad (Smilkov et al., 2017): the gradient averaged over `samples` copies with Gaussian noise of
     standard deviation `noise` times the image's range, then its absolute value.
     """
-    generator = torch.Generator().manual_seed(0)
-    saliency = []
-    for image, digit in zip(x, classes):
-        normal = torch.randn(samples, *image.shape, generator=generator).to(x.device)
-        noisy = (image + noise * (image.max() - image.min()) * normal).requires_grad_()
-        (gradients,) = torch.autograd.grad(model(noisy)[:, digit].sum(), noisy)
-        saliency.append(gradients.mean(0).abs().squeeze(0))
-    return torch.stack(saliency)
+    normal = torch.randn(samples, *x.shape[1:], generator=torch.Generator().manual_seed(0))
+    noisy = (x + noise * (x.max() - x.min()) * normal).requires_grad_()
+    (gradients,) = torch.autograd.grad(model(noisy)[:, digit].sum(), noisy)
+    return gradients.mean(0).abs()[0]
 
 
-def pca(features: Tensor, components: int = 2) -> tuple[Tensor, Tensor]:
-    """Principal components of `features` (N, D): coordinates (N, components), and their shares of the variance."""
-    centred = (features - features.mean(0)).double()
+def pca(features: Tensor) -> tuple[Tensor, Tensor]:
+    """The first two principal components of `features` (N, D): coordinates (N, 2), shares of the variance (2,)."""
+    centred = features - features.mean(0)
     _, s, axes = torch.linalg.svd(centred, full_matrices=False)
-    axes = axes[:components]
-    largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))  # an axis and its negative are equally good: choose
-    return centred @ (axes * largest.sign()).t(), s[:components] ** 2 / (s**2).sum()
+    variances = s**2
+    return centred @ axes[:2].t(), variances[:2] / variances.sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures and panels
 
 
 def chart(size: tuple[float, float], title: str, columns: int = 1) -> tuple[Figure, Any]:
-    """A figure of `size` inches with `columns` axes side by side, under a title."""
+    """A figure of `size` inches under a title, and its axes, or an array of them if there are several `columns`."""
     figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     figure.suptitle(title, x=0.1 / size[0], ha="left", color=INK)
     return figure, axes
 
 
 def sheet(
-    title: str, note: str, rows: int, widths: Sequence[float], height: float, gap: tuple[float, float],
-    left: float = 0.25,
-) -> tuple[Figure, np.ndarray]:  # fmt: skip
-    """Blank panels (rows, len(widths)), sized in inches, `gap` (across, down) apart, under a title and a grey note.
+    title: str, note: str, rows: int, columns: int, panel: float, gap: tuple[float, float]
+) -> tuple[Figure, np.ndarray]:
+    """Blank square panels (rows, columns) under a title and a grey note; `panel` and `gap` (across, down) in inches.
 
     No layout engine: with hundreds of panels it would take minutes.
     """
-    header, margin, panels = 0.9, 0.25, sum(widths) + (len(widths) - 1) * gap[0]
-    w, h = max(left + panels + margin, 7.5), header + rows * (height + gap[1]) - gap[1] + margin
-    figure = plt.figure(figsize=(w, h))
-    figure.suptitle(title, x=margin / w, y=1 - 0.18 / h, ha="left", va="top", color=INK)
-    figure.text(margin / w, 1 - 0.43 / h, note, ha="left", va="top", color=MUTED)
-    axes = figure.subplots(
-        rows, len(widths), squeeze=False, width_ratios=widths,
-        gridspec_kw={
-            "left": left / w, "right": (left + panels) / w, "wspace": gap[0] / np.mean(widths),
-            "top": 1 - header / h, "bottom": margin / h, "hspace": gap[1] / height,
-        },
+    header, margin = 0.9, 0.25
+    width = 2 * margin + columns * (panel + gap[0]) - gap[0]
+    height = header + rows * (panel + gap[1]) - gap[1] + margin
+    figure = plt.figure(figsize=(width, height))
+    figure.suptitle(title, x=margin / width, y=1 - 0.18 / height, ha="left", va="top", color=INK)
+    figure.text(margin / width, 1 - 0.43 / height, note, ha="left", va="top", color=MUTED)
+    figure.subplots_adjust(
+        left=margin / width, right=1 - margin / width, wspace=gap[0] / panel,
+        bottom=margin / height, top=1 - header / height, hspace=gap[1] / panel,
     )  # fmt: skip
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     return figure, axes
@@ -201,21 +195,17 @@ def caption(axis: Axes, left: str, right: str) -> None:
     axis.set_title(right, loc="right", color=MUTED)
 
 
-def side_label(axis: Axes, text: str) -> None:
-    """Words to the left of a panel."""
-    axis.set_ylabel(text, rotation=0, ha="right", va="center", labelpad=6)
+# ---------------------------------------------------------------------------------------------------------------------
+# The pictures
 
 
 def plot_errors(reading: Reading, limit: int) -> Figure:
     """The misread digits, `limit` at most, each with label, prediction and confidence."""
-    mistakes = reading.mistakes()
-    shown = mistakes[:limit].tolist()
-    order = ", most confident mistake first" if len(mistakes) <= limit else f"; the {limit} most confident mistakes"
-    columns = min(10, max(1, len(shown)))
+    shown = reading.mistakes()[:limit].tolist()
     figure, axes = sheet(
-        reading.summary() + (order if shown else ""),
-        "Above each digit: true label → prediction, and the confidence in the prediction" if shown else "",
-        rows=max(1, math.ceil(len(shown) / columns)), widths=[0.95] * columns, height=0.95, gap=(0.14, 0.3),
+        reading.summary(),
+        f"{len(shown):,} of them, the most confident first: true label → prediction, and the confidence in it",
+        rows=max(1, math.ceil(len(shown) / 10)), columns=10, panel=0.95, gap=(0.14, 0.3),
     )  # fmt: skip
     for axis, i in zip(axes.flat, shown):
         show_image(axis, reading.split.images[i, 0])
@@ -225,222 +215,207 @@ def plot_errors(reading: Reading, limit: int) -> Figure:
 
 def plot_confusion(reading: Reading) -> Figure:
     """The confusion matrix; colour is for the mistakes alone, which the diagonal would drown."""
-    counts = utils.confusion_matrix(reading.predicted, reading.split.labels)
-    wrong = counts - counts.diag().diag()
-    (true, read_as), most = divmod(int(wrong.argmax()), 10), int(wrong.max())
-    worst = f", most often {true} as {read_as} ({most} time{'s' * (most > 1)})" if most else ""
+    counts = utils.confusion_matrix(reading.predicted, reading.split.labels).numpy()
+    wrong = np.ma.masked_array(counts, np.eye(10))
+    most = wrong.max()
+    true, read_as = np.unravel_index(wrong.argmax(), wrong.shape)
+    worst = f", most often {true} as {read_as} ({most:,})" if most else ""
 
     figure, axis = chart((6.9, 7.2), reading.summary() + worst)
-    axis.imshow(np.ma.masked_equal(wrong.numpy(), 0), cmap="Blues", vmin=0, vmax=max(most, 1))
-    for row, column in np.ndindex(10, 10):
-        count = int(counts[row, column])
+    axis.set_facecolor("0.9")  # of the diagonal
+    axis.imshow(wrong, cmap="Blues", vmin=0, vmax=max(most, 1))
+    for row, column in np.argwhere(counts):
+        count = counts[row, column]
+        color = "white" if count > 0.6 * most else INK  # on dark and on light blue
         if row == column:
-            axis.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, color="0.9", linewidth=0))
-            axis.text(column, row, f"{count:,}", ha="center", va="center", color=MUTED)
-        elif count:
-            color = "white" if count > 0.6 * most else INK  # on dark and on light blue
-            axis.text(column, row, f"{count:,}", ha="center", va="center", color=color, fontweight="bold")
+            color = MUTED
+        axis.text(column, row, f"{count:,}", ha="center", va="center", color=color)
     axis.set(xticks=range(10), yticks=range(10), xlabel="prediction", ylabel="true digit")
     axis.hlines(np.arange(-0.5, 10), -0.5, 9.5, color="0.85", linewidth=0.6)
     axis.vlines(np.arange(-0.5, 10), -0.5, 9.5, color="0.85", linewidth=0.6)
-    axis.tick_params(which="both", length=0)
+    axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     return figure
 
 
 def plot_history(history: list[dict[str, float]]) -> Figure:
     """Learning rate, loss and accuracy by epoch; loss and errors shrink by orders of magnitude, hence logarithms."""
-    first, last = history[0], history[-1]
-    keys = set.intersection(*(set(entry) for entry in history))
-    kind, prefix = ("Validation", "val") if {"val_loss", "val_accuracy"} <= keys else ("Training", "train")
-    final = f"accuracy {last[f'{prefix}_accuracy']:.2f}% and loss {last[f'{prefix}_loss']:.4f}"
-    epochs = f"{last['epoch']:,} epoch{'s' * (last['epoch'] != 1)}"
-    figure, axes = chart((10, 3.4), f"{kind} {final} after {epochs}", columns=3)
-    axes[1].set_yscale("log")
-    to_axis, from_axis = lambda y: -np.log(np.maximum(100.01 - y, 1e-9)), lambda t: 100.01 - np.exp(-t)
-    axes[2].set_yscale("function", functions=(to_axis, from_axis))
+    last = history[-1]
+    kind, part = ("Validation", "val") if "val_loss" in last else ("Training", "train")
+    final = f"accuracy {last[f'{part}_accuracy']:.2f}% and loss {last[f'{part}_loss']:.4f}"
+    figure, axes = chart((10, 3.4), f"{kind} {final} after epoch {last['epoch']:,}", columns=3)
 
-    curves = (("training (augmented, dropout)", "o-", INK), ("validation", "s--", ACCENT))
-    panels = {
-        "learning rate at the epoch's start": ["learning_rate"],
-        "cross-entropy loss": ["train_loss", "val_loss"],
-        "accuracy (%)": ["train_accuracy", "val_accuracy"],
-    }
-    for axis, (label, names) in zip(axes, panels.items()):
-        for name, (curve, style, color) in zip(names, curves):
-            if name in keys:
-                points = [(entry["epoch"], entry[name]) for entry in history]
-                axis.plot(*zip(*points), style, color=color, label=curve, markersize=3, linewidth=1.3)
-        axis.set(xlabel="epoch", ylabel=label, xlim=(first["epoch"] - 0.5, last["epoch"] + 0.5))
+    def draw(axis: Axes, name: str, style: str, color: str, label: str) -> None:
+        if name in last:
+            epochs, values = zip(*((entry["epoch"], entry[name]) for entry in history))
+            axis.plot(epochs, values, style, color=color, label=label, markersize=3, linewidth=1.3)
+
+    draw(axes[0], "learning_rate", "o-", INK, "")
+    for axis, quantity in zip(axes[1:], ("loss", "accuracy")):
+        draw(axis, f"train_{quantity}", "o-", INK, "training (augmented)")
+        draw(axis, f"val_{quantity}", "s--", ACCENT, "validation")
+    for axis, label in zip(axes, ("learning rate at the epoch's start", "cross-entropy loss", "accuracy (%)")):
+        axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axis.grid(axis="y", color="0.92")
+
     axes[0].set_ylim(bottom=0)
+    axes[1].set_yscale("log")
     axes[1].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
+    to_axis, from_axis = lambda y: -np.log(np.maximum(100.01 - y, 1e-9)), lambda t: 100.01 - np.exp(-t)
+    axes[2].set_yscale("function", functions=(to_axis, from_axis))
     axes[2].yaxis.set(major_locator=FixedLocator(ACCURACY_TICKS), major_formatter="{x:g}")
     figure.legend(*axes[2].get_legend_handles_labels(), loc="upper right", ncols=2)
     return figure
 
 
-def plot_explanations(model: Net, reading: Reading, device: torch.device) -> Figure:
+def plot_explanations(model: Net, reading: Reading) -> Figure:
     """Grad-CAM and SmoothGrad of the most confident mistakes, for the true and for the predicted digit."""
     mistakes = reading.mistakes()
-    shown, half = mistakes[:EXPLAINED], [1.05] * 5
+    shown = mistakes[:EXPLAINED].tolist()
     figure, axes = sheet(
         f"What speaks for the true and for the predicted digit: {len(shown)} of {len(mistakes):,} mistakes, "
-        "most confident first" if len(shown) else f"{reading.summary()}: nothing to explain",
-        "Grad-CAM: what the last 3x3 convolution finds for a digit. SmoothGrad: the pixels that move its score. "
-        "Bright is strong, on one scale for both digits",
-        rows=max(1, math.ceil(len(shown) / 2)), widths=[*half, 0.1, *half], height=1.05, gap=(0.08, 0.32),
+        "most confident first",
+        "Grad-CAM: what the last convolution wider than 1x1 finds for a digit. SmoothGrad: the pixels that move its "
+        "score. Bright is strong, on one scale for both digits",
+        rows=max(1, math.ceil(len(shown) / 2)), columns=10, panel=1.05, gap=(0.16, 0.32),
     )  # fmt: skip
-    if not len(shown):
-        return figure
-    images, labels = reading.split.select(shown)
-    pairs = torch.stack([labels, reading.predicted[shown]], 1)
-    x = utils.normalize(images.float() / 255).to(device)
-    methods = {"Grad-CAM": grad_cam, "SmoothGrad": smooth_grad}
-    maps = torch.stack([method(model, x, digit.to(device)) for method in methods.values() for digit in pairs.t()], 1)
-    maps = maps.cpu().unflatten(1, (2, 2))  # (N, methods, true and predicted, 28, 28)
-    # One scale for both digits, so that they compare, capped at the 99th percentile as in the SmoothGrad paper.
-    maps /= maps.flatten(2).quantile(0.99, 2)[..., None, None, None].clamp(min=1e-12)
-
-    rows = np.delete(axes, 5, axis=1).reshape(-1, 5)  # without the gap in the middle
-    for panels, i, image, pair, heats in zip(rows, shown, images[:, 0], pairs.tolist(), maps.flatten(1, 2)):
-        show_image(panels[0], image)
-        caption(panels[0], f"{pair[0]} → {pair[1]}", f"{reading.confidence[i]:.1%}")
-        for axis, heat, name in zip(panels[1:], heats, [f"{method}: {digit}" for method in methods for digit in pair]):
-            show_image(axis, heat, 0, 1, "cividis")
-            contour = axis.contour(image.numpy(), levels=[100], colors="white", linewidths=0.9)
-            contour.set_path_effects([withStroke(linewidth=2, foreground="0.2")])  # seen on dark and on bright ground
-            axis.set_title(name, loc="left", color=MUTED)
+    for panels, i in zip(axes.reshape(-1, 5), shown):
+        image = reading.split.images[i]
+        digits = int(reading.split.labels[i]), int(reading.predicted[i])
+        show_image(panels[0], image[0])
+        caption(panels[0], f"{digits[0]} → {digits[1]}", f"{reading.confidence[i]:.1%}")
+        for name, method, pair in (("Grad-CAM", grad_cam, panels[1:3]), ("SmoothGrad", smooth_grad, panels[3:5])):
+            heats = torch.stack([method(model, network_input(image), digit) for digit in digits])
+            top = float(heats.quantile(0.99))  # not the maximum, after the SmoothGrad paper: single pixels stand out
+            for axis, digit, heat in zip(pair, digits, heats):
+                show_image(axis, heat, 0, top, "cividis")
+                contour = axis.contour(image[0].numpy(), levels=[100], colors="white", linewidths=0.9)
+                contour.set_path_effects([withStroke(linewidth=2, foreground="0.2")])  # seen on dark and bright ground
+                axis.set_title(f"{name}: {digit}", loc="left", color=MUTED)
     return figure
 
 
-def plot_filters(model: Net, reading: Reading, device: torch.device) -> Figure:
+def plot_filters(model: Net, reading: Reading) -> Figure:
     """The first layer's filters, and the output of each block for the first test digit."""
-    image, label = reading.split.images[:1], reading.split.labels[0]
-    blocks = list(model.blocks)
-    with torch.no_grad(), recording(*blocks) as outputs:
-        model(utils.normalize(image.float() / 255).to(device))
-    filters = blocks[0].conv.weight.detach()[:, 0].cpu()
-    groups = {"filters": filters, **{f"block {i}": outputs[block][0][0].cpu() for i, block in enumerate(blocks, 1)}}
+    image, label = reading.split.images[0], reading.split.labels[0]
+    filters = model.blocks[0].conv.weight.detach()[:, 0]
+    groups = {"filters": filters}
+    x = network_input(image)
+    for i, block in enumerate(model.blocks, 1):
+        x = block(x).detach()
+        groups[f"block {i}"] = x[0]
     heights = [math.ceil(min(len(maps), MAPS_SHOWN) / 12) for maps in groups.values()]
     figure, axes = sheet(
         f"The {len(filters)} learned filters of the first layer, and what each block makes of one {label}",
         "Filters: grey is 0, black negative, white positive. Maps: dark is weak, bright is strong, on one scale for "
         "each block",
-        rows=1 + sum(heights), widths=[0.72] * 12, height=0.72, gap=(0.08, 0.12), left=1.25,
+        rows=1 + sum(heights), columns=13, panel=0.72, gap=(0.08, 0.12),
     )  # fmt: skip
-    show_image(axes[0, 0], image[0, 0])
-    side_label(axes[0, 0], f"test digit\nread as {reading.predicted[0]}")
+
+    def words(row: int, text: str) -> None:
+        axes[row, 0].text(0, 0.5, text, va="center", transform=axes[row, 0].transAxes)
+
+    words(0, f"test digit\nread as {reading.predicted[0]}")
+    show_image(axes[0, 1], image[0])
     row = 1
     for (name, maps), height in zip(groups.items(), heights):
-        bound = float(maps.abs().max())
-        scale = (-bound, bound, "gray") if maps is filters else (float(maps.min()), float(maps.max()), "cividis")
-        for axis, channel in zip(axes[row : row + height].flat, maps):
-            show_image(axis, channel, *scale)
         some = f"\n{MAPS_SHOWN} of {len(maps)}" if len(maps) > MAPS_SHOWN else ""
-        side_label(axes[row, 0], f"{name}\n{maps.shape[1]}x{maps.shape[2]}{some}")
+        words(row, f"{name}\n{maps.shape[1]}x{maps.shape[2]}{some}")
+        bound = float(maps.abs().max())
+        scale = (-bound, bound, "gray") if maps is filters else (float(maps.min()), bound, "cividis")
+        for axis, channel in zip(axes[row : row + height, 1:].flat, maps):
+            show_image(axis, channel, *scale)
         row += height
     return figure
 
 
-def plot_embedding(model: Net, reading: Reading, split: Split) -> Figure:
+def plot_embedding(reading: Reading) -> Figure:
     """The features before the last layer in two dimensions, coloured by digit."""
-    with recording(model.act) as outputs:
-        utils.predict(model, split)
-    features = torch.cat(outputs[model.act]).cpu()
-    (points, shares), labels, mistakes = pca(features), reading.split.labels, reading.mistakes()
-
-    ringed = f"{len(mistakes):,} of them misread (ringed)" if len(mistakes) else "none of them misread"
-    title = f"{len(labels):,} test digits, {ringed}: {features.shape[1]} features in two dimensions"
-    figure, axis = chart((8, 7), title)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # no digit lies on top of others
-    colors = DIGIT_COLORS[labels.numpy()]
-    axis.scatter(*points[order].numpy().T, s=5, c=colors[order.numpy()], linewidths=0, alpha=0.6)
-    axis.scatter(*points[mistakes].numpy().T, s=34, c=colors[mistakes.numpy()], edgecolors="black", linewidths=1.1)
+    labels, mistakes = reading.split.labels, reading.mistakes()
+    points, shares = pca(reading.features)
+    colors = DIGIT_COLORS[labels]
+    title = f"{len(labels):,} test digits, {len(mistakes):,} of them misread (ringed): "
+    figure, axis = chart((8, 7), f"{title}{reading.features.shape[1]} features in two dimensions")
+    axis.scatter(*points.t(), s=5, c=colors, linewidths=0, alpha=0.6)
+    axis.scatter(*points[mistakes].t(), s=34, c=colors[mistakes], edgecolors="black", linewidths=1.1)
     axis.set_aspect("equal", adjustable="datalim")
     axis.set_xlabel(f"first principal component ({shares[0]:.0%} of the variance)")
     axis.set_ylabel(f"second principal component ({shares[1]:.0%} of the variance)")
-
     for digit in labels.unique().tolist():
         axis.text(
-            *points[labels == digit].median(0).values.tolist(), str(digit), ha="center", va="center", fontsize=11,
-            fontweight="bold", color="white", path_effects=[withStroke(linewidth=2, foreground="0.1")],
-            bbox={"boxstyle": "circle,pad=0.2", "facecolor": DIGIT_COLORS[digit], "edgecolor": "white"},
+            *points[labels == digit].median(0).values.tolist(), str(digit), ha="center", va="center", fontweight="bold",
+            bbox={"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": DIGIT_COLORS[digit], "linewidth": 2},
         )  # fmt: skip
     return figure
 
 
 def plot_images(names: list[str], originals: list[Image.Image], digits: Tensor, probabilities: Tensor) -> Figure:
     """Each image as it was, as the network sees it, uint8 (N, 28, 28), and its probabilities (N, 10)."""
-    count, across = len(names), min(2, len(names))
+    across = min(2, len(names))
     figure, axes = sheet(
-        f"What the network reads in {count:,} image{'s' * (count > 1)}",
-        "Each image, the 28x28 digit made of it, and the probability of each digit",
-        rows=math.ceil(count / across), widths=[1.2, 1.2, 2.2] * across, height=1.2, gap=(0.3, 0.55),
+        "What the network reads in your images",
+        "The image, its 28x28 digit, and the probability of each digit",
+        rows=math.ceil(len(names) / across), columns=3 * across, panel=1.3, gap=(0.25, 0.55),
     )  # fmt: skip
-    for (left, middle, right), name, original, digit, p in zip(
-        axes.reshape(-1, 3), names, originals, digits, probabilities
-    ):
+    for panels, name, original, digit, p in zip(axes.reshape(-1, 3), names, originals, digits, probabilities):
+        left, middle, right = panels
         show_image(left, original)
         left.set_title(name, loc="left", color=MUTED, parse_math=False)
         show_image(middle, digit)
         best = int(p.argmax())
         right.set_axis_on()
-        right.bar(range(10), p.numpy(), color=[ACCENT if k == best else "0.7" for k in range(10)], width=0.75)
-        right.set(xticks=range(10), yticks=[0, 1], ylim=(0, 1), xlim=(-0.6, 9.6))
+        right.bar(range(10), p.numpy(), color=[ACCENT if k == best else "0.7" for k in range(10)])
+        right.set(xticks=range(10), yticks=[], ylim=(0, 1))
         right.tick_params(length=0, labelsize=8)
         caption(right, f"reads {best}", f"{p[best]:.1%}")
     return figure
 
 
-def save(figure: Figure, path: Path, keep: bool) -> None:
-    """Write `figure` as PNG, whole or not at all, and print its path and title; close it unless a window shows it."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write `figure` as PNG, whole or not at all, and print its path and title."""
     with utils.replacing(path) as temporary:
         figure.savefig(temporary, format="png")
-    report(path, figure.get_suptitle())
-    if not keep:
-        plt.close(figure)
+    print(f"{path}: {figure.get_suptitle()}", flush=True)
 
 
-def report(path: Path, text: str) -> None:
-    """Print a path and what it shows, in columns."""
-    print(f"{path!s:<{len(str(path.with_name('confusion_matrix.png')))}}  {text}", flush=True)
-
-
-def draw_errors(args: argparse.Namespace, model: Net, metrics: dict[str, Any], device: torch.device, keep: bool) -> int:
+def draw_errors(args: argparse.Namespace, model: Net, metrics: dict[str, float], device: torch.device) -> None:
     """The pictures of the test set, of the training and, with --explain, of the network's reasons.
 
     The training's curves are drawn where history.json ends in the checkpoint's own `metrics`.
     """
     history_path = args.checkpoint.with_name("history.json")
     history = read_history(history_path) if history_path.exists() else None
-    split = utils.load_mnist(args.data_dir, train=False, device=device)
-    reading = read(model, split)
+    reading = read(model, utils.load_mnist(args.data_dir, train=False, device=device))
 
-    save(plot_errors(reading, args.max), args.out / "errors.png", keep)
-    save(plot_confusion(reading), args.out / "confusion_matrix.png", keep)
+    save(plot_errors(reading, args.max), args.out / "errors.png")
+    save(plot_confusion(reading), args.out / "confusion_matrix.png")
     curves = args.out / "training_curves.png"
     if not history:
-        report(curves, f"skipped: there is no {history_path}")
+        print(f"{curves}: skipped, there is no {history_path}")
     elif history[-1]["train_loss"] != metrics.get("train_loss"):
-        report(curves, f"skipped: {history_path} belongs to another training than {args.checkpoint.name}")
+        print(f"{curves}: skipped, {history_path} belongs to another training than {args.checkpoint.name}")
     else:
-        save(plot_history(history), curves, keep)
+        save(plot_history(history), curves)
     if args.explain:
-        save(plot_explanations(model, reading, device), args.out / "explain.png", keep)
-        save(plot_filters(model, reading, device), args.out / "filters.png", keep)
-        save(plot_embedding(model, reading, split), args.out / "embedding.png", keep)
-    return 0
+        model.cpu()  # where the rest of the pictures' data is, and a few digits are read as fast
+        save(plot_explanations(model, reading), args.out / "explain.png")
+        save(plot_filters(model, reading), args.out / "filters.png")
+        save(plot_embedding(reading), args.out / "embedding.png")
 
 
-def draw_images(args: argparse.Namespace, model: Net, keep: bool) -> int:
-    """The picture of the user's own images; status 1 if one of them cannot be read."""
+def draw_images(args: argparse.Namespace, model: Net) -> int:
+    """The picture of the user's own images; returns the exit status, 1 if one of them cannot be read."""
     paths = find_images(args.images)
     if len(paths) > args.max:
         print(f"Showing the first {args.max} of {len(paths):,} images; --max N shows more")
+        paths = paths[: args.max]
     names, originals, digits = [], [], []
-    for path in paths[: args.max]:
+    for path in paths:
         try:
             original, digit = read_digit(path)
         except UserError as error:
@@ -452,36 +427,27 @@ def draw_images(args: argparse.Namespace, model: Net, keep: bool) -> int:
         digits.append(digit)
     if digits:
         prepared = torch.stack(digits)
-        probabilities = classify(model, prepared)
-        save(plot_images(names, originals, prepared, probabilities), args.out / "images.png", keep)
-    return 0 if len(digits) == len(paths[: args.max]) else 1
-
-
-def can_open_windows() -> bool:
-    """Whether matplotlib finds a display and a toolkit for it."""
-    try:
-        plt.switch_backend(matplotlib.get_backend())
-    except ImportError:
-        return False
-    return matplotlib.get_backend().lower() != "agg"
+        save(plot_images(names, originals, prepared, classify(model, prepared)), args.out / "images.png")
+    return 0 if len(digits) == len(paths) else 1
 
 
 def main() -> int:
     args = parse_args()
     device = utils.choose_device(args.device)
-    windows = args.show and can_open_windows()
+    if not args.show:
+        matplotlib.use("Agg")
+    windows = matplotlib.get_backend().lower() != "agg"
     if args.show and not windows:
         utils.warn("--show: no window can be opened here; the files are written all the same")
-    if not windows:
-        matplotlib.use("Agg")
+    plt.style.use(["default", STYLE])
     model, checkpoint = utils.load_model(args.checkpoint, device)
-    with plt.style.context(["default", STYLE]):
-        if args.images:
-            status = draw_images(args, model, windows)
-        else:
-            status = draw_errors(args, model, checkpoint["metrics"], device, windows)
-        if windows:
-            plt.show()
+    status = 0
+    if args.images:
+        status = draw_images(args, model)
+    else:
+        draw_errors(args, model, checkpoint["metrics"], device)
+    if windows:
+        plt.show()
     return status
 
 

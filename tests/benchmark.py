@@ -1,8 +1,8 @@
-"""How fast is training, against everybody's way and against the machine: `python tests/benchmark.py`.
+"""How fast is training, against everybody's way and against the machine: `python tests/benchmark.py`, on a CPU.
 
-The reference is the same network as most repositories train it: default memory format, ReLU before
-pooling, torchvision's transforms on PIL images in a DataLoader, plain SGD, `loss.item()` each step.
-Ours is `train.Trainer.train_epoch` itself. All are timed in turns in one process; medians are printed.
+Each timing has new processes of its own, so that no thread pool disturbs another. They load their data, warm up, wait
+for each other, and only then does the clock run. All are timed in turns, alone and beside a process that keeps one
+core busy; medians are printed. Close your browser first.
 """
 
 from __future__ import annotations
@@ -11,221 +11,246 @@ import argparse
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from torchvision.datasets import MNIST
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import test_model  # noqa: E402
 import train  # noqa: E402
 import utils  # noqa: E402
 from model import Net, layer_table  # noqa: E402
 
-FIRST_STEP = """
-import sys, train, utils
-args = train.parse_args(sys.argv[1:])
-device = utils.choose_device(args.device)
-trainer = train.Trainer(args.recipe, utils.load_mnist(args.data_dir, True, device), device)
-trainer.step.begin_epoch(1.0)
-trainer.step(*next(iter(trainer.loader)))
-float(trainer.step.losses[0])
-"""
+CPU = torch.device("cpu")
+THREADS = torch.get_num_threads()  # PyTorch's default, before train.py's is set
+IMAGES = 6400  # trained on in one timing: 100 steps
+
+Work = tuple[Callable[[], object], float]  # what is to be timed, ready and warm, and how many images it is worth
+
+
+class Contender(NamedTuple):
+    """Processes that each call `prepare` and then do its work, all at once; beside a busy core if `busy`."""
+
+    name: str
+    prepare: Callable[[], Work]
+    threads: int = 1
+    processes: int = 1
+    busy: bool = False
+
+
+class Digits(Dataset):
+    """MNIST's training images as torchvision's own class hands them out: PIL images, transformed, and labels."""
+
+    def __init__(self, transform: Callable[[Image.Image], torch.Tensor]) -> None:
+        split = utils.load_mnist(ROOT / "data", train=True, device=CPU)
+        self.images, self.labels, self.transform = split.images[:, 0].numpy(), split.labels.tolist(), transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
 def plain_network() -> nn.Sequential:
-    """The seed's network as it is usually written."""
+    """The same network as it is usually written."""
 
-    def block(c_in: int, c_out: int, kernel: int, p: float, pool: bool) -> list[nn.Module]:
-        layers: list[nn.Module] = [
-            nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2),
-            nn.BatchNorm2d(c_out),
-            nn.ReLU(),
-        ]
-        return [*layers, nn.MaxPool2d(2), nn.Dropout(p)] if pool else [*layers, nn.Dropout(p)]
+    def block(c_in: int, c_out: int, kernel: int, pool: nn.Module, p: float) -> list[nn.Module]:
+        conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
+        return [conv, nn.BatchNorm2d(c_out), nn.ReLU(), pool, nn.Dropout(p)]
 
     return nn.Sequential(
-        *block(1, 12, 3, 0.1, True), *block(12, 24, 3, 0.2, True), *block(24, 24, 3, 0.3, False),
-        *block(24, 12, 1, 0.4, False), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(108, 72), nn.ReLU(),
-        nn.Dropout(0.4), nn.Linear(72, 10),
-    )  # fmt: skip
+        *block(1, 12, 3, nn.MaxPool2d(2), 0.1),
+        *block(12, 24, 3, nn.MaxPool2d(2), 0.2),
+        *block(24, 24, 3, nn.Identity(), 0.3),
+        *block(24, 12, 1, nn.Identity(), 0.4),
+        *[nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(108, 72), nn.ReLU(), nn.Dropout(0.4), nn.Linear(72, 10)],
+    )
 
 
-class Reference:
-    """Everybody's training loop; called, it trains on some batches and returns seconds per image."""
+def plain_way(workers: int) -> Work:
+    """Everybody's training: PIL images, torchvision's transforms, a DataLoader, plain SGD, `loss.item()` each step."""
+    augment = transforms.Compose([
+        transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=10),
+        transforms.ToTensor(),
+        transforms.Normalize((0.1307,), (0.3081,)),
+    ])  # fmt: skip
+    batches = iter(DataLoader(Digits(augment), batch_size=64, shuffle=True, num_workers=workers))
+    model = plain_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.015, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
-    def __init__(self, data_dir: Path, device: torch.device, workers: int, threads: int, images: int) -> None:
-        augment = transforms.Compose([
-            transforms.RandomRotation(10), transforms.RandomAffine(0, (0.1, 0.1), (0.9, 1.1), 10),
-            transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,)),
-        ])  # fmt: skip
-        dataset = MNIST(str(data_dir), train=True, transform=augment)
-        self.loader = DataLoader(
-            dataset, batch_size=64, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda"
-        )
-        self.model = plain_network().to(device).train()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.015, momentum=0.9, nesterov=True, weight_decay=1e-4)
-        self.device, self.threads, self.batches = device, threads, images // 64
+    def train_on(count: int) -> None:
+        total_loss = 0.0
+        for images, labels in islice(batches, count):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            total_loss += loss.item()
 
-    def __call__(self) -> float:
-        torch.set_num_threads(self.threads)
-        batches = iter(self.loader)
-        for x, y in islice(batches, 16):  # until the workers run at their own pace
-            self.step(x, y)
-        start = time.perf_counter()
-        for x, y in islice(batches, self.batches):
-            self.step(x, y)
-        return (time.perf_counter() - start) / (64 * self.batches)
-
-    def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        x, y = x.to(self.device), y.to(self.device)
-        self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(x), y)
-        loss.backward()
-        self.optimizer.step()
-        loss.item()
+    train_on(16)  # until the workers run at their own pace
+    return partial(train_on, IMAGES // 64), IMAGES
 
 
-class Ours:
-    """train.py's epoch; called, it returns seconds per image, over the run's mix of epochs with dropout and without."""
+def train_py() -> Work:
+    """A whole short run of train.py's own loop: dropout has the share of it that it has of a long one."""
+    recipe = train.Recipe(epochs=1)
+    split = utils.load_mnist(ROOT / "data", train=True, device=CPU)
+    run, loss_fn = train.begin(recipe, CPU, data_crc=0), train.make_loss(recipe, CPU)
 
-    def __init__(self, data_dir: Path, device: torch.device, threads: int, images: int, eager: bool) -> None:
-        split = utils.load_mnist(data_dir, train=True, device=device)
-        self.recipe = train.parse_args([]).recipe
-        self.trainer = train.Trainer(self.recipe, utils.Split(*(t[:images] for t in split)), device, eager)
-        self.threads = threads
-        self.trainer.train_epoch(0)
+    def train_on(images: int) -> None:
+        loader = utils.Loader(split.select(slice(images)), recipe.batch_size, recipe.augmentation, recipe.seed)
+        train.train_epoch(run, loader, loss_fn, recipe, epoch=0)
 
-    def __call__(self) -> float:
-        torch.set_num_threads(self.threads)
-        epochs, until = self.recipe["epochs"], self.recipe["dropout_until"]
-        with_dropout = sum(train.dropout_factor(e, epochs, until) > 0 for e in range(epochs)) / epochs
-        seconds = [self.trainer.train_epoch(epoch)["seconds"] for epoch in (0, epochs - 1)]
-        mean = with_dropout * seconds[0] + (1 - with_dropout) * seconds[1]
-        return mean / len(self.trainer.loader.split.labels)
+    train_on(640)
+    return partial(train_on, IMAGES), IMAGES
 
 
-class Floor:
-    """Seconds per image if every multiply-accumulate ran at the rate of a large matrix product."""
+def floor() -> Work:
+    """Products of large matrices, counted in images: as many as training does so many multiply-accumulates on."""
+    size, repeats = 1536, 20
+    a, b = torch.randn(2, size, size)
+    macs = [layer.macs for layer in layer_table(Net()) if layer.macs]
+    macs_an_image = 3 * sum(macs) - macs[0]  # outputs, gradients of weights and of inputs; the image needs none
 
-    def __init__(self, device: torch.device, threads: int) -> None:
-        size = 1536 if device.type == "cpu" else 8192
-        self.a, self.b = torch.randn(2, size, size, device=device).unbind(0)
-        rows = layer_table(Net())
-        first = next(r.macs for r in rows if r.macs)  # the image itself needs no gradient
-        self.flop = 2 * (3 * sum(r.macs for r in rows) - first)
-        self.device, self.threads = device, threads
+    def multiply() -> None:
+        for _ in range(repeats):
+            a @ b
 
-    def __call__(self) -> float:
-        torch.set_num_threads(self.threads)
-        seconds = timed(lambda: self.a @ self.b, self.device, repeats=5)
-        return seconds * self.flop / (2 * self.a.numel() * self.a.shape[1])
+    multiply()
+    return multiply, repeats * size**3 / macs_an_image
 
 
-def timed(work: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """Seconds of one call of `work`, the mean of `repeats` after a first one."""
+def evaluation() -> Work:
+    """The logits of the whole test set."""
+    test_split = utils.load_mnist(ROOT / "data", train=False, device=CPU)
+    model = utils.place(Net(), CPU)
+    utils.predict(model, test_split.select(slice(1000)))
+    return partial(utils.predict, model, test_split), len(test_split.labels)
+
+
+def own_images() -> Work:
+    """Reading 60 photos, from file to prediction: test digits in dark ink on light paper of 1200 x 900 pixels."""
+    folder, model = tempfile.TemporaryDirectory(), utils.place(Net(), CPU).eval()
+    for index, digit in enumerate(utils.load_mnist(ROOT / "data", train=False, device=CPU).images[:60, 0].numpy()):
+        photo, ink = Image.new("L", (1200, 900), 220), Image.fromarray(digit).resize((560, 560))
+        photo.paste(50, (320, 170), mask=ink)
+        photo.save(Path(folder.name, f"{index}.jpg"))
+
+    def read(count: int) -> None:
+        digits = [test_model.read_digit(Path(folder.name, f"{index}.jpg"))[1] for index in range(count)]
+        test_model.classify(model, torch.stack(digits))
+
+    read(5)
+    return partial(read, 60), 60
+
+
+def first_step() -> Work:
+    """`python train.py` until its second step asks for a learning rate, as one image."""
+    script = """if True:
+        import sys, train, utils
+        learning_rate = train.learning_rate
+        train.learning_rate = lambda step, *rest: sys.exit() if step else learning_rate(step, *rest)
+        utils.run_script(train.main)"""
+    command = [sys.executable, "-c", script, "--device", "cpu", "--dry-run"]  # so that nothing is written
+    return partial(subprocess.run, command, cwd=ROOT, check=True), 1
+
+
+PLAIN = Contender(f"plain way: 2 workers, {THREADS} threads", partial(plain_way, 2), THREADS)
+PLAIN_AT_ITS_FASTEST = Contender("plain way: 1 worker, 1 thread", partial(plain_way, 1))
+FLOOR = Contender("floor: matrix product, 1 thread", floor)
+TRAINING = [
+    PLAIN,
+    PLAIN_AT_ITS_FASTEST,
+    Contender("train.py", train_py),
+    Contender("train.py --threads 2", train_py, threads=2),
+    Contender("train.py --runs 2", train_py, processes=2),
+    FLOOR,
+]
+EVALUATION, OWN_IMAGES, FIRST_STEP = (Contender(work.__name__, work) for work in (evaluation, own_images, first_step))
+
+
+SPIN = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with us, even if we are killed
+
+
+def images_per_second(contender: Contender) -> float:
+    """One timing: the sum over the contender's processes."""
+    context = torch.multiprocessing.get_context("spawn")
+    start, rates = context.Barrier(contender.processes), context.SimpleQueue()
+    neighbour = subprocess.Popen([sys.executable, "-c", SPIN if contender.busy else "pass"])
+    try:
+        torch.multiprocessing.spawn(time_here, (contender, start, rates), nprocs=contender.processes)
+    finally:
+        neighbour.kill()
+        neighbour.wait()
+    return sum(rates.get() for _ in range(contender.processes))
+
+
+def time_here(_rank: int, contender: Contender, start: Any, rates: Any) -> None:
+    """In a process of its own: get ready, wait for the others at `start`, put images per second into `rates`."""
+    torch.set_num_threads(contender.threads)
+    work, images = contender.prepare()
+    start.wait()
+    began = time.perf_counter()
     work()
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    synchronize(device)
-    return (time.perf_counter() - start) / repeats
+    rates.put(images / (time.perf_counter() - began))
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for what is queued on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def print_table(rates: dict[Contender, float]) -> None:
+    """Images per second; "kept" is what a busy core leaves of a row's rate."""
+    print("| training | images/s | s/epoch | × plain | × its fastest | of the floor | one core busy | × plain | kept |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for row in TRAINING:
+        rate, busy = rates[row], rates[row._replace(busy=True)]
+        ratios = f"{rate / rates[PLAIN]:.2f} | {rate / rates[PLAIN_AT_ITS_FASTEST]:.2f} | {rate / rates[FLOOR]:.0%}"
+        ratios_busy = f"{busy / rates[PLAIN._replace(busy=True)]:.2f} | {busy / rate:.0%}"
+        print(f"| {row.name} | {rate:,.0f} | {60_000 / rate:.1f} | {ratios} | {busy:,.0f} | {ratios_busy} |")
 
 
-def machine(device: torch.device) -> str:
-    """One line that says where the figures come from."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-        capability = torch.backends.cpu.get_cpu_capability()
-        name = (
-            f"{models[0].split(':')[1].strip() if models else 'CPU'}, {torch.get_num_threads()} threads, {capability}"
-        )
-    return f"{name}; torch {torch.__version__}"
-
-
-def profile_epoch(ours: Ours, rows: int = 14) -> str:
-    """Where one epoch without dropout spends its time: the `rows` dearest operations, their own time alone."""
-    torch.set_num_threads(ours.threads)
+def print_profile() -> None:
+    """Where train.py's time goes on one thread: the 14 dearest operations."""
+    work, _ = train_py()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        ours.trainer.train_epoch(ours.recipe["epochs"] - 1)
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in events)
-    lines = ["| operation | share | calls a step |", "|---|---:|---:|"]
-    for event in events[:rows]:
-        calls = event.count / len(ours.trainer.loader)
-        lines.append(f"| {event.key} | {100 * event.self_cpu_time_total / total:.1f}% | {calls:.1f} |")
-    return "\n".join(lines)
+        work()
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=40))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    utils.add_common_flags(parser)
-    parser.add_argument("--repeats", type=utils.in_range(int, 5), default=5, help="timings of each (default: 5)")
-    parser.add_argument("--images", type=utils.in_range(int, 640), help="images a timing (default: 6400; GPU 60000)")
-    parser.add_argument("--profile", action="store_true", help="also show where train.py's epoch spends its time")
+    parser.add_argument("--repeats", type=utils.at_least(1), default=5, help="timings of each (default: %(default)s)")
+    parser.add_argument("--profile", action="store_true", help="show where train.py's time goes instead")
     args = parser.parse_args()
-    device, threads = utils.choose_device(args.device), torch.get_num_threads()
-    images = args.images or (6400 if device.type == "cpu" else 60_000)
-    utils.prepare_mnist(args.data_dir)
-
-    def reference(workers: int, threads: int) -> Reference:
-        return Reference(args.data_dir, device, workers, threads, min(images, 6400))
-
-    contenders: dict[str, Callable[[], float]] = {
-        f"reference: 2 workers, {threads} threads": reference(2, threads),
-        "reference: 1 worker, 1 thread": reference(1, 1),
-        f"train.py, {threads} threads": Ours(args.data_dir, device, threads, images, eager=False),
-    }
-    if device.type == "cuda":
-        contenders["train.py --eager"] = Ours(args.data_dir, device, threads, images, eager=True)
-    else:
-        contenders["train.py --threads 1"] = Ours(args.data_dir, device, 1, images, eager=False)
-    contenders["floor: matrix product"] = Floor(device, threads)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(args.repeats):
-        for name, contender in contenders.items():
-            times[name].append(contender())
-        print(f"repeat {repeat + 1} of {args.repeats} done", file=sys.stderr)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-
-    torch.set_num_threads(threads)
-    base, *_, floor = medians.values()
-    fastest = min(seconds for name, seconds in medians.items() if name.startswith("reference"))
-    print(f"{machine(device)}; medians of {args.repeats}\n")
-    print("| training | images/s | s/epoch | × reference | × fastest reference | of the floor |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for name, seconds in medians.items():
-        ratios = f"{base / seconds:.2f} | {fastest / seconds:.2f} | {100 * floor / seconds:.1f}%"
-        print(f"| {name} | {1 / seconds:,.0f} | {60_000 * seconds:.1f} | {ratios} |")
     if args.profile:
-        print("\n" + profile_epoch(contenders[f"train.py, {threads} threads"]))
-    test = utils.load_mnist(args.data_dir, train=False, device=device)
-    model = utils.place(Net(), device)
-    evaluation = statistics.median(timed(lambda: utils.predict(model, test), device) for _ in range(args.repeats))
-    command = [sys.executable, "-c", FIRST_STEP, "--data-dir", str(args.data_dir.resolve()), "--device", device.type]
-    start_up = statistics.median(
-        timed(lambda: subprocess.run(command, cwd=ROOT, check=True), torch.device("cpu")) for _ in range(args.repeats)
-    )
-    print(f"\nEvaluation of {len(test.labels):,} images: {evaluation:.2f} s")
-    print(f"From `python train.py` to the end of the first step: {start_up:.1f} s")
+        print_profile()
+        return 0
+
+    contenders = [*TRAINING, EVALUATION, OWN_IMAGES, FIRST_STEP, *(row._replace(busy=True) for row in TRAINING)]
+    timings: dict[Contender, list[float]] = {contender: [] for contender in contenders}
+    for repeat in range(args.repeats):
+        for contender, rates in timings.items():
+            rates.append(images_per_second(contender))
+            where = ", one core busy" if contender.busy else ""
+            print(f"{repeat + 1}/{args.repeats} {contender.name}{where}: {rates[-1]:,.1f} images/s", file=sys.stderr)
+    medians = {contender: statistics.median(rates) for contender, rates in timings.items()}
+
+    print(f"{train.available_cores()} cores, {torch.backends.cpu.get_cpu_capability()}; torch {torch.__version__}")
+    print(f"Medians of {args.repeats}\n")
+    print_table(medians)
+    print(f"\nEvaluation of 10,000 images: {10_000 / medians[EVALUATION]:.2f} s")
+    print(f"Own images: {medians[OWN_IMAGES]:.0f} a second")
+    print(f"From `python train.py` to the end of the first step: {1 / medians[FIRST_STEP]:.1f} s")
     return 0
 
 

@@ -65,7 +65,7 @@ def test_optimizer_is_nesterov_sgd() -> None:
 
 def test_weight_average() -> None:
     model = Net()
-    average = utils.WeightAverage(model, updates=4)
+    average = utils.WeightAverage(model, steps=4)
     expected = 0.0
     for step in range(60):
         model.fc2.bias.data.fill_(float(step))
@@ -73,7 +73,7 @@ def test_weight_average() -> None:
         weight = 1.0 if step == 0 else max(1 / 4, 1 / (1 + 0.1 * step))
         expected += weight * (step - expected)
     assert average.model.fc2.bias[0].item() == pytest.approx(expected, rel=1e-4)
-    assert 55 < expected < 57  # 4 updates long: about 3 behind
+    assert 55 < expected < 57  # 4 steps long: about 3 behind
 
 
 def test_dropout_falls_linearly_to_zero() -> None:
