@@ -157,7 +157,6 @@ def test_drawn_digit_is_read(page, digit: int):
     assert text(page, "answer") == str(digit)
 
 
-@pytest.mark.skip(reason="the released network has not learnt these shapes")
 @pytest.mark.parametrize("shape", ELSEWHERE)
 def test_shape_from_elsewhere_is_read(page, shape: str):
     digit, strokes = ELSEWHERE[shape]
