@@ -90,17 +90,18 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
 
     There the batch statistics follow from the image's 3x3 patches, before the convolution: for patches of mean m
     and covariance C, a filter w gives outputs of mean w.m + bias and variance w.C.w. So normalisation scales the
-    filters, and no pass over the large output remains. Forward hooks of the two layers stay silent then.
-    Everywhere else the layers run as they stand: whatever you make of them, training and evaluation agree.
+    filters, and no pass over the large output remains. Everywhere else, and where a hook waits for one of the two
+    (`torch.nn.utils.prune` works by such), they run as they stand: training and evaluation agree.
     """
     plain = (
         type(conv) is nn.Conv2d
         and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
-        and (conv.groups, conv.padding_mode, conv.bias is None) == (1, "zeros", False)
+        and (conv.in_channels, conv.groups, conv.padding_mode, conv.bias is None) == (1, 1, "zeros", False)
         and type(norm) is nn.BatchNorm2d
         and (norm.affine, norm.track_running_stats, norm.momentum is None) == (True, True, False)
     )
-    if not (plain and norm.training and x.device.type == "cpu" and not x.requires_grad):
+    hooked = any(layer._forward_pre_hooks or layer._forward_hooks for layer in (conv, norm))
+    if not plain or hooked or not norm.training or x.device.type != "cpu" or x.requires_grad:
         return norm(conv(x))
 
     patch_mean, patch_cov = patch_statistics(x)
@@ -117,11 +118,11 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def patch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (9 C,) and covariance (9 C, 9 C) of all 3x3 patches of the zero-padded x (N, C, H, W)."""
+    """Mean (9,) and covariance (9, 9) of all 3x3 patches of the zero-padded x (N, 1, H, W)."""
     height, width = x.shape[2:]
     padded = F.pad(x, (1, 1, 1, 1))
-    shifted = [padded[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    patches = torch.stack(shifted, 2).view(len(x), -1, height * width)  # (N, 9 C, H W)
+    shifted = [padded[:, 0, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    patches = torch.stack(shifted, 1).flatten(2)  # (N, 9, H W)
     count = len(x) * height * width
     mean = patches.sum((0, 2)) / count
     second_moment = (patches @ patches.mT).sum(0) / count  # one product an image: exact to 2e-6, one for all to 2e-5

@@ -224,7 +224,7 @@ def run_once(args: argparse.Namespace, recipe: Recipe) -> int:
     try:
         train(run, recipe, train_split, val_split, out, board)
     except KeyboardInterrupt:
-        kept = "Finished epochs are kept; go on with --resume." if run.history else "No epoch was finished."
+        kept = "Finished epochs are kept; go on with --resume." if run.history and not args.dry_run else ""
         print(f"\nStopped. {kept}", file=sys.stderr)
         return 130
     finish(run, recipe, test_split, out, board)
@@ -250,7 +250,7 @@ class Run:
     average: utils.WeightAverage
     optimizer: torch.optim.SGD
     history: list[dict[str, float]]
-    data_crc: int  # CRC32 of all training images, which tells data sets apart
+    data_crc: int  # CRC32 of all training images
 
     def momentum(self) -> dict[str, Tensor]:
         """The optimiser's momentum, by the names of the weights."""
@@ -497,7 +497,7 @@ def run_several(args: argparse.Namespace, recipe: Recipe) -> int:
 def run_side_by_side(commands: dict[Path, list[str]], jobs: int, epochs: int, mode: str) -> list[str]:
     """Run the command of each folder, `jobs` at a time, its output going to the folder's log.txt, under one bar.
 
-    Returns the names of the folders whose command failed. What still runs ends with this process.
+    Returns the names of the folders whose command failed. What still runs ends when this is interrupted.
     """
     waiting, running, failed = list(commands), {}, []
     bar = tqdm(total=epochs * len(commands), unit="epoch", disable=None, dynamic_ncols=True)

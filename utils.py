@@ -91,7 +91,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """--data-dir and --device, the same in all three scripts."""
     parser.add_argument(
         "--data-dir", type=Path, default=Path(os.environ.get("MNIST_DATA_DIR") or ROOT / "data"), metavar="DIR",
-        help="folder with a data set in MNIST's format (default: $MNIST_DATA_DIR, else the MNIST of this repository)",
+        help="folder with a data set in MNIST's format; MNIST is downloaded to an empty one "
+        "(default: $MNIST_DATA_DIR, else the MNIST of this repository)",
     )  # fmt: skip
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",

@@ -9,8 +9,10 @@ from typing import Callable
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.utils.prune
 from conftest import ROOT
 
+import model as network
 import utils
 from model import ADAPTIVE_POOLS, Block, Dropout, Net, count_parameters, layer_table
 
@@ -145,21 +147,34 @@ def test_an_edited_block_trains_what_plain_pytorch_does(edit: str, number: int) 
         close(name, ours, theirs, 1e-5)
 
 
-def test_the_shortcut_is_taken_where_it_should_be_and_nowhere_else() -> None:
-    """Hooks fire on every layer in both modes, but on the first convolution and norm only outside the shortcut."""
+@pytest.mark.parametrize("training", [True, False])
+def test_hooks_fire_on_every_layer(training: bool) -> None:
+    model, calls = Net().train(training), set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: calls.add(name))
+    model(torch.rand(8, 1, 28, 28))
+    assert calls == {name for name, _ in model.named_modules()}
 
-    def silent(x: torch.Tensor, mode: bool) -> set[str]:
-        model = Net().train(mode)
-        calls: set[str] = set()
-        for name, module in model.named_modules():
-            module.register_forward_hook(lambda *_, name=name: calls.add(name))
+
+def test_the_shortcut_is_taken_once_in_training_and_never_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = network.patch_statistics
+    monkeypatch.setattr(network, "patch_statistics", lambda x: (calls.append(x.shape), original(x))[1])
+    model, x = Net(), torch.rand(8, 1, 28, 28)
+    model.eval()(x)
+    model.train()(x.clone().requires_grad_())
+    assert calls == []
+    with torch.no_grad():
         model(x)
-        return {name for name, _ in model.named_modules()} - calls
+    assert calls == [x.shape]
 
-    x = torch.rand(8, 1, 28, 28)
-    assert silent(x, mode=True) == {"blocks.0.conv", "blocks.0.norm"}
-    assert silent(x, mode=False) == set()
-    assert silent(x.requires_grad_(), mode=True) == set()
+
+def test_a_pruned_first_convolution_learns() -> None:
+    model = Net()
+    torch.nn.utils.prune.l1_unstructured(model.blocks[0].conv, "weight", amount=0.5)
+    for _ in range(2):
+        model(torch.rand(8, 1, 28, 28)).sum().backward()
+    assert model.blocks[0].conv.weight_orig.grad.abs().sum() > 0
 
 
 def test_memory_format_changes_nothing() -> None:
