@@ -361,9 +361,10 @@ def export_onnx(model: Net, path: Path) -> str:
     images = utils.normalize(torch.rand(3, 1, 28, 28))
     exported = copy.deepcopy(model)
     pool = nn.MaxPool2d if isinstance(model.pool, nn.AdaptiveMaxPool2d) else nn.AvgPool2d
-    exported.pool = pool(*window(model.pool, model.blocks(images).shape[-1], 3))  # ONNX has no adaptive pooling
+    side = model.blocks(images).shape[-1]
+    exported.pool = pool(*window(model.pool, side, 3))  # ONNX has no adaptive pooling
     if not torch.allclose(exported(images), model(images), atol=1e-5):
-        raise UserError(f"not exported: ONNX has no adaptive pooling to 3x3 from {model.blocks(images).shape[-1]} pixels")
+        raise UserError(f"not exported: ONNX has no adaptive pooling from {side}x{side} to 3x3")
     with utils.replacing(path) as temporary:
         torch.onnx.export(
             exported, (images,), str(temporary), opset_version=18, input_names=["image"], output_names=["logits"],

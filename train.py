@@ -152,7 +152,7 @@ class Recipe:
     folds: int = setting(0, "cross-validation with so many stratified folds of the training images")
     fold: int = setting(0, "with --folds, hold out only fold number 1 to FOLDS")
     threads: int = setting(
-        1, "CPU threads; a second one brings 45%% on a quiet machine, and makes it many times slower on a busy one;"
+        1, "CPU threads; a second one may help on a quiet machine, and makes it several times slower on a busy one;"
         " the bits of the result depend on them", 1, 1024,
     )  # fmt: skip
     seed: int = setting(0, "of weights, order, augmentation and dropout", 0, 2**31)
