@@ -109,7 +109,7 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     mean = filters @ patch_mean + conv.bias
     var = ((filters @ patch_cov) * filters).sum(1)
     with torch.no_grad():
-        count = x.numel() // x.shape[1]
+        count = x.numel()
         norm.num_batches_tracked += 1
         norm.running_mean.lerp_(mean, norm.momentum)
         norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
@@ -123,9 +123,9 @@ def patch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     padded = F.pad(x, (1, 1, 1, 1))
     shifted = [padded[:, 0, i : i + height, j : j + width] for i in range(3) for j in range(3)]
     patches = torch.stack(shifted, 1).flatten(2)  # (N, 9, H W)
-    count = len(x) * height * width
-    mean = patches.sum((0, 2)) / count
-    second_moment = (patches @ patches.mT).sum(0) / count  # one product an image: exact to 2e-6, one for all to 2e-5
+    mean = patches.sum((0, 2)) / x.numel()
+    # One product an image is exact to 2e-6, one large product for all to 2e-5.
+    second_moment = (patches @ patches.mT).sum(0) / x.numel()
     return mean, second_moment - mean.outer(mean)
 
 

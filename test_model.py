@@ -60,10 +60,9 @@ def measure(model: Net, test: Split) -> dict[str, Any]:
     logits = utils.predict(model, test)
     confusion = utils.confusion_matrix(logits.argmax(1), test.labels)
     return {
-        "test_accuracy": utils.accuracy(logits, test.labels),
+        **utils.scores("test", logits, test.labels),
         "count": len(test.labels),
         "errors": int(confusion.sum() - confusion.trace()),
-        "test_loss": F.cross_entropy(logits, test.labels).item(),
         "parameters": count_parameters(model),
         "digits": by_digit(confusion),
         "confusion_matrix": confusion.tolist(),

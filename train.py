@@ -279,9 +279,7 @@ def train(run: Run, recipe: Recipe, train_split: Split, val_split: Split | None,
         entry = train_epoch(run, train_loader, loss_fn, recipe, epoch)
         update_bn(plain_loader, run.average.model)  # digits to be read are not augmented: their statistics differ
         if val_split is not None:
-            logits = utils.predict(run.average.model, val_split)
-            entry["val_loss"] = F.cross_entropy(logits, val_split.labels).item()
-            entry["val_accuracy"] = utils.accuracy(logits, val_split.labels)
+            entry.update(utils.scores("val", utils.predict(run.average.model, val_split), val_split.labels))
         if not all(tensor.isfinite().all() for tensor in run.average.model.state_dict().values()):
             raise UserError(f"the weights are not finite after epoch {epoch + 1}; try a lower --peak-lr")
         run.history.append(entry)
@@ -381,8 +379,7 @@ def finish(run: Run, recipe: Recipe, test_split: Split | None, out: Path, board:
     metrics, final = last_metrics(run.history), "val_accuracy"
     if test_split is not None:
         logits, final = utils.predict(run.average.model, test_split), "test_accuracy"
-        metrics["test_loss"] = F.cross_entropy(logits, test_split.labels).item()
-        metrics["test_accuracy"] = utils.accuracy(logits, test_split.labels)
+        metrics.update(utils.scores("test", logits, test_split.labels))
         misread = test_split.images[logits.argmax(1) != test_split.labels]
         if board and len(misread):
             board.add_images("misclassified digits", misread[:64])

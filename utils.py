@@ -366,6 +366,11 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
 
 
+def scores(part: str, logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Cross-entropy and accuracy of `logits` (N, 10), called after the `part` of the data: "val_loss" and so on."""
+    return {f"{part}_loss": F.cross_entropy(logits, labels).item(), f"{part}_accuracy": accuracy(logits, labels)}
+
+
 def confusion_matrix(predictions: Tensor, labels: Tensor) -> Tensor:
     """Counts int64 (10, 10): row is the true digit, column the predicted one."""
     return torch.bincount(labels * 10 + predictions, minlength=100).view(10, 10)

@@ -26,16 +26,6 @@ CPU = torch.device("cpu")
 MAINS = {"train.py": train.main, "test_model.py": test_model.main, "visualize_errors.py": visualize_errors.main}
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="also run the long versions of the fault-injection tests")
-
-
-@pytest.fixture(scope="session")
-def full(request: pytest.FixtureRequest) -> bool:
-    """Whether the long versions were asked for."""
-    return request.config.getoption("--full")
-
-
 def write_idx(path: Path, values: np.ndarray) -> None:
     """Write uint8 `values` as an IDX file (LeCun's MNIST page)."""
     header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)

@@ -124,7 +124,7 @@ def test_a_gzip_bomb_is_read_no_further_than_its_header_says(tmp_path: Path) -> 
     tracemalloc.stop()
 
 
-def test_an_empty_folder_is_filled_by_torchvision(refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_folder_is_filled_by_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(root: Path, download: bool) -> None:
         assert download
         write_mnist(Path(root) / "MNIST" / "raw", train=50, test=20)

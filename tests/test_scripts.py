@@ -46,7 +46,7 @@ def test_one_epoch_on_the_whole_of_mnist(call, tmp_path: Path) -> None:
     assert float(re.search(r"Final Test Accuracy: (\S+)%", out)[1]) > 98
 
 
-def test_the_released_network_is_readmes(call) -> None:
+def test_the_released_network_is_readmes() -> None:
     """Within two digits: processors differ in the last bits."""
     model = load_pretrained()
     assert not model.training and count_parameters(model) == 16_966
