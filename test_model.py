@@ -292,11 +292,11 @@ def thicken(ink: Tensor) -> Tensor:
 
 
 def center(ink: Tensor) -> Tensor:
-    """`ink` (H, W), 0 to 1, fitted into 20 pixels, its centre of mass in the middle of uint8 (28, 28)."""
+    """`ink` (H, W), 0 to 1, fitted into 20 pixels, its centre of mass at pixel (14, 14) of uint8 (28, 28)."""
     ink = fit_within(crop(ink, ink > 0.5), DIGIT_SIZE)
     (height, width), mass = ink.shape, ink.sum()
-    top = round(IMAGE_SIZE / 2 - ((torch.arange(height) + 0.5) @ ink.sum(1) / mass).item())
-    left = round(IMAGE_SIZE / 2 - ((torch.arange(width) + 0.5) @ ink.sum(0) / mass).item())
+    top = round(IMAGE_SIZE / 2 - (torch.arange(float(height)) @ ink.sum(1) / mass).item())
+    left = round(IMAGE_SIZE / 2 - (torch.arange(float(width)) @ ink.sum(0) / mass).item())
     ink = F.pad(ink, [left, IMAGE_SIZE - width - left, top, IMAGE_SIZE - height - top])
     return (255 * ink / ink.max()).round().byte()
 

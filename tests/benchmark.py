@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -80,28 +81,38 @@ def plain_network() -> nn.Sequential:
     )
 
 
-def plain_way(workers: int) -> Work:
-    """Everybody's training: PIL images, torchvision's transforms, a DataLoader, plain SGD, `loss.item()` each step."""
+def plain_loader(workers: int) -> DataLoader:
+    """PIL images and torchvision's transforms."""
     augment = transforms.Compose([
         transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=10),
         transforms.ToTensor(),
         transforms.Normalize((0.1307,), (0.3081,)),
     ])  # fmt: skip
-    batches = iter(DataLoader(Digits(augment), batch_size=64, shuffle=True, num_workers=workers))
-    model = plain_network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.015, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    return DataLoader(Digits(augment), batch_size=64, shuffle=True, num_workers=workers)
 
-    def train_on(count: int) -> None:
-        total_loss = 0.0
-        for images, labels in islice(batches, count):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            total_loss += loss.item()
 
-    train_on(16)  # until the workers run at their own pace
-    return partial(train_on, IMAGES // 64), IMAGES
+def plain_optimizer(model: nn.Module) -> torch.optim.SGD:
+    """The specification's, as it is usually written."""
+    return torch.optim.SGD(model.parameters(), 0.015, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+
+def plain_epoch(model: nn.Module, optimizer: torch.optim.SGD, batches: Iterable) -> None:
+    """Eager steps, with `loss.item()` in each."""
+    total_loss = 0.0
+    for images, labels in batches:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        total_loss += loss.item()
+
+
+def plain_way(workers: int) -> Work:
+    """Everybody's training."""
+    batches, model = iter(plain_loader(workers)), plain_network()
+    optimizer = plain_optimizer(model)
+    plain_epoch(model, optimizer, islice(batches, 16))  # until the workers run at their own pace
+    return lambda: plain_epoch(model, optimizer, islice(batches, IMAGES // 64)), IMAGES
 
 
 def train_py() -> Work:

@@ -328,11 +328,3 @@ def test_other_training_images_are_not_resumed_with(refuse, trained: Path, data_
     images.write_bytes(images.read_bytes()[:-1] + b"\x07")
     flags = ("--resume", "--data-dir", tmp_path / "data", "--out", tmp_path / "out")
     refuse("train.py", *flags, words=["trained on other images", "last.pt"])
-
-
-def test_a_damaged_history_is_one_line(refuse, trained: Path, tmp_path: Path) -> None:
-    shutil.copy(trained / "model.pt", tmp_path)
-    for text in ("", "[]", "[1]", '[{"epoch": NaN}]'):
-        (tmp_path / "history.json").write_text(text)
-        flags = ("--checkpoint", tmp_path / "model.pt", "--out", tmp_path / "plots")
-        refuse("visualize_errors.py", *flags, words=[tmp_path / "history.json"])

@@ -83,7 +83,7 @@ def test_prepared_digits_are_framed_as_mnist(side: int, tmp_path: Path) -> None:
         assert digit.shape == (28, 28) and digit.dtype == torch.uint8 and digit.max() == 255
         y, x = (digit > 100).nonzero().T
         assert 18 <= max(y.max() - y.min(), x.max() - x.min()) + 1 <= 20
-        middle = [digit.float().sum(axis) @ (torch.arange(28) + 0.5) / digit.sum() for axis in (0, 1)]
+        middle = [digit.float().sum(axis) @ torch.arange(28.0) / digit.sum() for axis in (0, 1)]
         assert max(abs(m - 14) for m in middle) < 0.75
         assert likeness(digit, MNIST.images[i, 0]) > 0.85
 

@@ -24,18 +24,6 @@ from utils import Loader, UserError
 # --- the mathematics, by hand ----------------------------------------------------------------------------------------
 
 
-def test_one_cycle_values() -> None:
-    rates = [utils.one_cycle(step, 1000, lr=0.015, peak_lr=0.1, warmup=0.2) for step in range(1000)]
-    assert rates[0] == pytest.approx(0.015)
-    assert rates[100] == pytest.approx((0.015 + 0.1) / 2)
-    assert rates[200] == max(rates) == pytest.approx(0.1)
-    assert rates[600] == pytest.approx(0.05)
-    assert 0 < rates[999] < 1e-5
-    assert rates[:201] == sorted(rates[:201]) and rates[200:] == sorted(rates[200:], reverse=True)
-    assert utils.one_cycle(0, 10, 0.015, 0.1, warmup=0.0) == pytest.approx(0.1)
-    assert utils.one_cycle(9, 10, 0.015, 0.1, warmup=1.0) < 0.1
-
-
 def test_schedule_is_torchs_one_cycle() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.015)
     # OneCycleLR peaks at step pct_start * total_steps - 1 and ends at total_steps - 1: here 200 and 1000, as ours.
@@ -47,6 +35,8 @@ def test_schedule_is_torchs_one_cycle() -> None:
         assert scheduler.get_last_lr()[0] == pytest.approx(utils.one_cycle(step, 1000, 0.015, 0.1, 0.2), abs=1e-9)
         optimizer.step()
         scheduler.step()
+    assert utils.one_cycle(0, 10, 0.015, 0.1, warmup=0.0) == pytest.approx(0.1)
+    assert 0.09 < utils.one_cycle(9, 10, 0.015, 0.1, warmup=1.0) < 0.1
 
 
 def test_optimizer_is_nesterov_sgd() -> None:
@@ -148,14 +138,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Recipe) if f.name != "threads"])
 def test_every_flag_changes_what_is_learnt(name: str, call, tiny: Path, tmp_path: Path) -> None:
-    def train_with(flags: tuple) -> dict[str, torch.Tensor]:
+    def train_with(flags: tuple) -> torch.Tensor:
         call("train.py", "--epochs", 1, *flags, "--data-dir", tiny, "--out", tmp_path)
-        checkpoint = utils.load_checkpoint(tmp_path / "model.pt")
-        return {**checkpoint["model"], "activation": checkpoint["architecture"]["activation"]}
+        model, _ = utils.load_model(tmp_path / "model.pt", CPU)
+        return model.fc1.weight
 
     plain, changed = map(train_with, WIRES[name])
-    key = "fc1.weight"
-    assert plain[key].shape != changed[key].shape or not torch.equal(plain[key], changed[key])
+    assert plain.shape != changed.shape or not torch.equal(plain, changed)
 
 
 def test_threads_are_set(call, tiny: Path, tmp_path: Path) -> None:
@@ -165,13 +154,6 @@ def test_threads_are_set(call, tiny: Path, tmp_path: Path) -> None:
     call("train.py", "--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
     assert torch.get_num_threads() == 1
     torch.set_num_threads(before)
-
-
-def test_defaults_are_the_specifications() -> None:
-    recipe = Recipe()
-    assert (recipe.lr, recipe.momentum, recipe.weight_decay, recipe.batch_size) == (0.015, 0.9, 1e-4, 64)
-    assert recipe.epochs <= 20 and recipe.dropout == (0.1, 0.2, 0.3, 0.4)
-    assert (recipe.rotation, recipe.scale, recipe.width) == (10, 0.1, 1)
 
 
 @pytest.mark.parametrize(
@@ -268,14 +250,6 @@ def test_infinite_loss_stops_and_keeps_the_checkpoint(refuse, trained: Path, tmp
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     refuse("train.py", "--lr", 1e5, "--peak-lr", 1e5, "--out", tmp_path / "out", words=["loss", "--peak-lr"])
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
-
-
-def test_a_wide_network_trains_and_is_read_back(call, tiny: Path, tmp_path: Path) -> None:
-    shape = ("--width", 2, "--activation", "relu", "--adaptive-pool", "avg")
-    call("train.py", *shape, "--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
-    model, _ = utils.load_model(tmp_path / "model.pt", CPU)
-    assert model.blocks[0].conv.out_channels == 24 and isinstance(model.act, nn.ReLU)
-    assert isinstance(model.pool, nn.AdaptiveAvgPool2d)
 
 
 def test_a_run_does_not_overwrite_its_teacher(refuse, trained: Path) -> None:

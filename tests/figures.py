@@ -1,0 +1,132 @@
+"""README's two figures that no script draws: `python tests/figures.py foreign` and `python tests/figures.py accuracy`.
+
+The second trains about a hundred minutes on 2 cores, into checkpoints/accuracy; what it finds there it does not repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.ticker import FixedLocator, NullLocator
+from tqdm import trange
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmark import plain_epoch, plain_loader, plain_network, plain_optimizer  # noqa: E402
+
+import train  # noqa: E402
+import utils  # noqa: E402
+from visualize_errors import ACCENT, INK, MUTED, STYLE, chart, save, sheet, show_image  # noqa: E402
+
+CPU = torch.device("cpu")
+RUNS = ROOT / "checkpoints" / "accuracy"
+EPOCHS = (1, 2, 3, 5, 8, 12, 20)
+SEEDS = 5
+PLAIN_SEEDS = 3
+COLUMNS = 12
+
+
+def draw_foreign(path: Path) -> None:
+    """Ones, sevens and nines of MNIST, and the same with what `utils.draw_foreign_shapes` adds."""
+    digits = utils.load_mnist(ROOT / "data", train=True, device=CPU)
+    drawn = utils.draw_foreign_shapes(digits, share=0.25, seed=0)
+    changed = (digits.images != drawn.images).flatten(1).any(1)
+    figure, axes = sheet(
+        "Ones with a flag, sevens with a bar, nines with a tail",
+        "MNIST's training images, and the same with what much of the world adds to them",
+        rows=6, columns=COLUMNS, panel=0.8, gap=(0.08, 0.26),
+    )  # fmt: skip
+    for digit, (before, after) in zip((1, 7, 9), axes.reshape(3, 2, COLUMNS)):
+        chosen = (changed & (digits.labels == digit)).nonzero().squeeze(1)[:COLUMNS]
+        for row, images, label in ((before, digits.images, "MNIST"), (after, drawn.images, "drawn")):
+            for axis, image in zip(row, images[chosen, 0]):
+                show_image(axis, image)
+            row[0].set_title(label, loc="left", color=MUTED)
+    save(figure, path)
+
+
+def train_py(epochs: int) -> list[tuple[float, float]]:
+    """(seconds of training, test accuracy in percent) of `train.py --epochs` with each of the seeds 0 to 4."""
+    out = RUNS / f"epochs-{epochs}"
+    command = [sys.executable, "train.py", "--runs", SEEDS, "--epochs", epochs, "--out", out, "--resume"]
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
+    histories = [json.loads((out / f"seed-{seed}" / "history.json").read_text()) for seed in range(SEEDS)]
+    seconds = [sum(entry["seconds"] for entry in history) for history in histories]
+    accuracies = [run["test_accuracy"] for run in json.loads((out / "runs.json").read_text())["runs"]]
+    return list(zip(seconds, accuracies))
+
+
+def train_the_plain_way(seed: int) -> tuple[float, float]:
+    """The same of the specification's recipe, taken literally: its logged rates, dropout throughout, last weights."""
+    path = RUNS / f"plain-{seed}.json"
+    if not path.exists():
+        torch.set_num_threads(1)
+        torch.manual_seed(seed)
+        loader, model = plain_loader(workers=1), plain_network()
+        optimizer, began = plain_optimizer(model), time.perf_counter()
+        for epoch in trange(1, 21, desc=f"plain way, seed {seed}", unit="epoch", disable=None):
+            optimizer.param_groups[0]["lr"] = np.interp(epoch, [1, 5, 10, 15], [0.005, 0.0035, 0.0015, 0.00075])
+            plain_epoch(model.train(), optimizer, loader)
+        seconds = time.perf_counter() - began
+        test = utils.load_mnist(ROOT / "data", train=False, device=CPU)
+        with torch.inference_mode():
+            logits = model.eval()((test.images / 255 - 0.1307) / 0.3081)
+        utils.write_json(path, [seconds, utils.accuracy(logits, test.labels)])
+    return tuple(json.loads(path.read_text()))
+
+
+def draw_accuracy(path: Path) -> None:
+    """What time buys: mean test accuracy over seconds of training, with a table on standard output."""
+    rows = {f"`train.py --epochs {n}`": train_py(n) for n in EPOCHS}
+    rows["the specification's recipe, the plain way"] = [train_the_plain_way(seed) for seed in range(PLAIN_SEEDS)]
+
+    print("\n| training | seconds | test accuracy | std | min | runs |\n|---|---:|---:|---:|---:|---:|")
+    seconds, accuracies, deviations = [], [], []
+    for name, results in rows.items():
+        found = train.summary([accuracy for _, accuracy in results])
+        seconds.append(sum(duration for duration, _ in results) / len(results))
+        accuracies.append(found["mean"])
+        deviations.append(found["std"])
+        print("| {} | {:.0f} | {mean:.2f} % | {std:.2f} | {min:.2f} % | {n} |".format(name, seconds[-1], **found))
+
+    x, y, std = np.array(seconds), np.array(accuracies), np.array(deviations)
+    figure, axis = chart((7.5, 4.2), f"{y[-2]:.2f}% after {x[-2] / 60:.0f} minutes: accuracy over time, one CPU core")
+    axis.fill_between(x[:-1], (y - std)[:-1], (y + std)[:-1], color=ACCENT, alpha=0.15, linewidth=0)
+    axis.plot(x[:-1], y[:-1], "o-", color=ACCENT, markersize=4)
+    for epochs, *point in zip(EPOCHS, x, y):
+        axis.annotate(f"{epochs}", point, (0, 7), textcoords="offset points", ha="center", color=INK)
+    axis.annotate("epochs of train.py, five seeds", (x[2], y[2]), (14, -6), textcoords="offset points", color=ACCENT)
+    axis.errorbar(x[-1], y[-1], std[-1], fmt="s", color=INK, markersize=5, capsize=3)
+    axis.annotate("the specification's recipe,\nthe plain way, 20 epochs", (x[-1], y[-1]), (-10, 0), va="center",
+                  textcoords="offset points", ha="right", color=INK)  # fmt: skip
+    axis.axhline(99.42, color="0.7", linewidth=0.8, linestyle="--", zorder=0)
+    axis.annotate("the specification's 99.42%", (x[0], 99.42), (0, 3), textcoords="offset points", color=MUTED)
+    axis.set_xscale("log")
+    axis.xaxis.set(major_locator=FixedLocator([15, 30, 60, 120, 300, 600, 1200]), minor_locator=NullLocator())
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="seconds of training", ylabel="test accuracy (%)")
+    axis.grid(axis="y", color="0.92")
+    save(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("figure", choices=("foreign", "accuracy"))
+    figure = parser.parse_args().figure
+    matplotlib.use("Agg")
+    plt.rcParams.update(STYLE)
+    {"foreign": draw_foreign, "accuracy": draw_accuracy}[figure](ROOT / "assets" / f"{figure}.png")
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
