@@ -129,31 +129,13 @@ def patch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, second_moment - mean.outer(mean)
 
 
-class Dropout(nn.Module):
-    """Inverted dropout (Srivastava et al., 2014) at the rate `p`, times a `factor` that may change while training.
+class Dropout(nn.Dropout):
+    """Dropout (Srivastava et al., 2014) at the rate `p`, times a `factor` that falls while training."""
 
-    On a CPU the masks take 16 random bits an element, four elements from each 64-bit number of PyTorch's default
-    generator: `p` is exact to 1 / 65,536, and a training step takes 2 ms less than with `nn.Dropout`.
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p, self.factor = p, 1.0
+    factor = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        p = self.p * self.factor
-        if not self.training or p == 0:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, p)
-        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        keep = words.view(torch.int16)[: x.numel()] >= round(p * 2**16) - 2**15
-        mask = torch.empty_like(x)  # dense whatever the strides of x, in its memory format
-        mask.copy_(keep.as_strided(mask.shape, mask.stride())).mul_(1 / (1 - p))
-        return x * mask
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
+        return F.dropout(x, self.p * self.factor, self.training)
 
 
 def load_pretrained() -> Net:

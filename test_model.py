@@ -9,9 +9,8 @@ import json
 import math
 import os
 import re
-import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ def parse_args() -> argparse.Namespace:
         help="write the network to FILE instead: as ONNX (.onnx), or as a page to draw digits on (.html)")  # fmt: skip
     args = parser.parse_args()
     if args.export and (args.images or args.json):
-        parser.error("--export goes with neither --images nor --json")
+        raise UserError("--export goes with neither --images nor --json")
     if args.export and args.export.suffix not in EXPORTS:
         raise UserError(f"--export {args.export}: the name must end in {' or '.join(EXPORTS)}")
     return args
@@ -126,7 +125,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = []
     for path in paths:
-        images = [file for file in path.rglob("*") if file.suffix.lower() in readable] if os.path.isdir(path) else []
+        is_folder = os.path.isdir(path)  # Path.is_dir raises where a name is too long
+        images = [file for file in path.rglob("*") if file.suffix.lower() in readable] if is_folder else []
         visible = [file for file in images if not any(p.startswith(".") for p in file.relative_to(path).parts)]
         found += sorted(visible) or [path]
     return found
@@ -163,10 +163,8 @@ def open_image(path: Path) -> Image.Image:
             image = stretch(image)
         elif image.mode not in ("L", "RGB"):
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-        image = image.reduce(math.ceil(max(image.size) / WORK_SIZE))
-        if image.mode == "RGBA":
-            image = on_backdrop(image)
-        return ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(image.reduce(math.ceil(max(image.size) / WORK_SIZE)))
+        return (on_backdrop(image) if image.mode == "RGBA" else image).convert("RGB")
 
 
 def stretch(image: Image.Image) -> Image.Image:
@@ -308,31 +306,41 @@ def classify(model: nn.Module, digits: Tensor) -> Tensor:
     return utils.predict(model, Split(digits.unsqueeze(1).to(device), no_labels)).softmax(1).cpu()
 
 
-def read_images(model: Net, paths: Sequence[Path], quiet: bool) -> tuple[dict[str, Any], int]:
-    """Classify images, printing a line each unless `quiet`; returns the results and the exit status.
-
-    A file that cannot be read is a warning, and makes the status 1.
-    """
-    files, readable, digits = find_images(paths), [], []
+def read_digits(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image, Tensor]]:
+    """Each of `files` with what `read_digit` makes of it; one that cannot be read is a warning, and left out."""
     for path in (bar := tqdm(files, "Reading", leave=False, delay=2, disable=None)):
         try:
-            digits.append(read_digit(path)[1])
-            readable.append(path)
+            image, digit = read_digit(path)
         except UserError as error:
             bar.clear()
             utils.warn(str(error))
-    probabilities = classify(model, torch.stack(digits)) if digits else torch.empty(0, 10)
-    images = [describe(path, p.tolist()) for path, p in zip(readable, probabilities)]
-    results: dict[str, Any] = {"images": images}
-    right = [image["digit"] == image["label"] for image in images if "label" in image]
+        else:
+            yield path, image, digit
+
+
+def read_images(model: Net, files: Sequence[Path]) -> dict[str, Any]:
+    """Everything that is reported of those of `files` that can be read, ready for JSON."""
+    found = [(path, digit) for path, _, digit in read_digits(files)]
+    probabilities = classify(model, torch.stack([digit for _, digit in found])) if found else torch.empty(0, 10)
+    results: dict[str, Any] = {"images": [describe(path, p.tolist()) for (path, _), p in zip(found, probabilities)]}
+    right = answers(results)
     if right:
         results["accuracy"] = 100 * sum(right) / len(right)
-    if not quiet:
-        for image in images:
-            print(f"{image['path']}\t{image['digit']}\t{image['confidence']:.4f}")
-        if right:
-            print(f"Accuracy: {results['accuracy']:.2f}% ({sum(right)} of {len(right)})")
-    return results, int(len(readable) < len(files))
+    return results
+
+
+def answers(results: dict[str, Any]) -> list[bool]:
+    """Of the images that have a label, whether it was read."""
+    return [image["digit"] == image["label"] for image in results["images"] if "label" in image]
+
+
+def print_images(results: dict[str, Any]) -> None:
+    """A line for each image, and the accuracy if some have labels."""
+    for image in results["images"]:
+        print(f"{image['path']}\t{image['digit']}\t{image['confidence']:.4f}")
+    right = answers(results)
+    if right:
+        print(f"Accuracy: {results['accuracy']:.2f}% ({sum(right)} of {len(right)})")
 
 
 def describe(path: Path, probabilities: list[float]) -> dict[str, Any]:
@@ -460,19 +468,20 @@ def main() -> int:
     if args.export:
         print(f"Wrote {args.export}: {EXPORTS[args.export.suffix](model, args.export)}")
         return 0
-    status, to_stdout = 0, args.json == "-"
-    if args.images:
-        results, status = read_images(model, args.images, quiet=to_stdout)
+    files = find_images(args.images or [])
+    if files:
+        results = read_images(model, files)
     else:
         results = measure(model, utils.load_mnist(args.data_dir, train=False, device=device))
-        if not to_stdout:
-            print_report(args.checkpoint, results)
-    if to_stdout:
-        json.dump(results, sys.stdout, indent=2)
-        print()
-    elif args.json:
+    if args.json == "-":
+        print(json.dumps(results, indent=2))
+    elif files:
+        print_images(results)
+    else:
+        print_report(args.checkpoint, results)
+    if args.json not in (None, "-"):
         utils.write_json(Path(args.json), results)
-    return status
+    return int(files != [] and len(results["images"]) < len(files))
 
 
 if __name__ == "__main__":

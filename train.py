@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,7 +27,6 @@ from utils import Augmentation, Loader, Split, UserError, at_least
 
 PLAIN_EVERY = 12  # the averaged network's normalisations are measured on one training image in so many
 CHECK_EVERY = 50  # steps between two looks at the loss, each of which makes a GPU wait
-SPLIT_SEED = 0  # the same images are held out whatever --seed says, so that runs compare
 TITLES = {"val_accuracy": "Validation Accuracy", "test_accuracy": "Test Accuracy"}
 
 
@@ -43,11 +42,12 @@ def main() -> int:
 
 def start(args: argparse.Namespace, given: dict[str, Any]) -> int:
     """One run or several, as the flags ask for; returns the exit status."""
-    last = args.out / "last.pt"
     several = args.runs > 1 or (given.get("folds") and not given.get("fold"))
-    recipe = choose_recipe(given, last if args.resume and last.exists() and not several else None)
+    last = args.out / "last.pt"
+    resumed = last if args.resume and last.exists() and not several else None
+    recipe = choose_recipe(given, resumed)
     with utils.locked(args.out):
-        return run_several(args, recipe) if several else run_once(args, recipe)
+        return run_several(args, recipe) if several else run_once(args, recipe, resumed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,22 +79,24 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     given = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if args.runs > 1 and given.get("folds"):
-        parser.error("--runs does not go with --folds")
+        raise UserError("--runs does not go with --folds")
     return args, given
 
 
-def choose_recipe(given: dict[str, Any], last: Path | None) -> Recipe:
-    """The recipe with the flags `given`, or that of the checkpoint `last`; UserError if the two disagree."""
-    if last is None:
+def choose_recipe(given: dict[str, Any], resumed: Path | None) -> Recipe:
+    """The recipe with the flags `given`, or that of the checkpoint `resumed`; UserError if the two disagree."""
+    if resumed is None:
         return Recipe(**given)
     try:
-        recipe = Recipe(**utils.load_checkpoint(last)["recipe"])
+        recipe = Recipe(**utils.load_checkpoint(resumed)["recipe"])
     except (TypeError, UserError) as error:
-        raise UserError(f"{last} cannot be resumed, its recipe is damaged or of another version: {error}") from error
+        raise UserError(f"{resumed} cannot be resumed, its recipe is damaged or of another version: {error}") from error
     for name, value in given.items():
         stored = getattr(recipe, name)
         if stored != value:
-            raise UserError(f"{flag(name)} {show(value)}: {last} was made with {show(stored)}, and --resume keeps it")
+            raise UserError(
+                f"{flag(name)} {show(value)}: {resumed} was made with {show(stored)}, and --resume keeps it"
+            )
     return recipe
 
 
@@ -141,7 +143,7 @@ class Recipe:
         " without this flag only where the training images are MNIST's own", 0, 1,
     )  # fmt: skip
     width: int = setting(1, "times as many channels: a teacher", 1, utils.MAX_WIDTH)
-    activation: str = setting("silu", "after each convolution", choices=tuple(ACTIVATIONS))
+    activation: str = setting("silu", "of the blocks and of the first linear layer", choices=tuple(ACTIVATIONS))
     adaptive_pool: str = setting("max", "between the blocks and the linear layers", choices=tuple(ADAPTIVE_POOLS))
     teacher: tuple = setting(
         (), "checkpoints whose mean prediction the network also learns from (distillation)", kind=str, nargs="+"
@@ -196,18 +198,19 @@ def show(value: Any) -> str:
 # One run
 
 
-def run_once(args: argparse.Namespace, recipe: Recipe) -> int:
+def run_once(args: argparse.Namespace, recipe: Recipe, resumed: Path | None) -> int:
     """Train as the recipe says, then read the test set once (a fold: not at all), then write model.pt."""
     torch.set_num_threads(recipe.threads)
-    device, out, last = utils.choose_device(args.device), args.out, args.out / "last.pt"
-    if any(Path(teacher).resolve().parent == out.resolve() for teacher in recipe.teacher):
+    device, out = utils.choose_device(args.device), args.out
+    written = [(out / name).resolve() for name in ("last.pt", "model.pt")]
+    if any(Path(teacher).resolve() in written for teacher in recipe.teacher):
         raise UserError(f"--teacher: this run would overwrite its teacher in {out}; choose another --out")
-    resuming = args.resume and last.exists()
     everything = utils.load_mnist(args.data_dir, train=True, device=device)
     data_crc = zlib.crc32(everything.images.cpu().numpy())
-    if not resuming and "foreign" not in args and data_crc != utils.MNIST_CRC32:
+    given = "foreign" in args  # which has those flags of the recipe only that were typed
+    if not (resumed or given) and data_crc != utils.MNIST_CRC32:
         recipe = replace(recipe, foreign=0.0)
-    train_split, val_split = hold_out(everything, recipe)
+    train_split, val_split = split_off(everything, recipe)
     train_split = utils.draw_foreign_shapes(train_split, recipe.foreign, recipe.seed)
     test_split = None if recipe.folds else utils.load_mnist(args.data_dir, train=False, device=device)
     if args.dry_run:
@@ -215,8 +218,8 @@ def run_once(args: argparse.Namespace, recipe: Recipe) -> int:
         train_split, val_split, test_split = (s and s.select(few) for s in (train_split, val_split, test_split))
 
     run = begin(recipe, device, data_crc)
-    if resuming:
-        restore_state(run, recipe, last)
+    if resumed:
+        restore_state(run, recipe, resumed)
         utils.write_json(out / "history.json", run.history)  # a kill may have come between the two files
         done = len(run.history)
         print(f"Resuming {out} after epoch {done} of {recipe.epochs}" if done < recipe.epochs else f"{out} is finished")
@@ -231,14 +234,14 @@ def run_once(args: argparse.Namespace, recipe: Recipe) -> int:
     return 0
 
 
-def hold_out(everything: Split, recipe: Recipe) -> tuple[Split, Split | None]:
+def split_off(everything: Split, recipe: Recipe) -> tuple[Split, Split | None]:
     """The images to train on, and those that the recipe holds out, if any."""
     if max(recipe.val_size, 10 * recipe.folds) >= len(everything.labels):
         raise UserError(f"--val-size or --folds leave too few of {len(everything.labels):,} images to train on")
     if recipe.folds:
-        return utils.fold_out(everything, recipe.folds, recipe.fold, SPLIT_SEED)
+        return utils.fold_out(everything, recipe.folds, recipe.fold)
     if recipe.val_size:
-        return utils.hold_out(everything, recipe.val_size, SPLIT_SEED)
+        return utils.hold_out(everything, recipe.val_size)
     return everything, None
 
 
@@ -259,7 +262,7 @@ class Run:
 
 def begin(recipe: Recipe, device: torch.device, data_crc: int) -> Run:
     """A run before its first step."""
-    torch.manual_seed(utils.derive_seed(recipe.seed, 0, 2))
+    torch.manual_seed(utils.derive_seed(recipe.seed, use=utils.WEIGHTS))
     model = Net(recipe.width, recipe.activation, recipe.adaptive_pool, recipe.dropout, recipe.fc_dropout)
     model = utils.place(model, device)
     average = utils.WeightAverage(model, recipe.ema)
@@ -294,7 +297,7 @@ def train_epoch(run: Run, train_loader: Loader, loss_fn: Callable, recipe: Recip
     """Train epoch number `epoch` (from 0) and say how it went; UserError if the loss stops being finite."""
     start, steps = time.perf_counter(), len(train_loader)
     run.model.train()
-    torch.manual_seed(utils.derive_seed(recipe.seed, epoch, 1))  # dropout
+    torch.manual_seed(utils.derive_seed(recipe.seed, epoch, utils.DROPOUT))
     train_loader.set_epoch(epoch)
     total_loss, correct = torch.zeros(2, device=train_loader.split.labels.device)
     seen = 0
@@ -367,18 +370,18 @@ def make_loss(recipe: Recipe, device: torch.device) -> Callable[[Tensor, Tensor,
 
 def print_epoch(entry: dict[str, float]) -> None:
     """The log lines of one epoch, in the specification's format."""
-    tqdm.write(f"Epoch {entry['epoch']}\nLearning rate: {entry['learning_rate']:.6f}")
-    tqdm.write(f"Train Loss: {entry['train_loss']:.4f} | Accuracy: {entry['train_accuracy']:.2f}%")
+    print(f"Epoch {entry['epoch']}\nLearning rate: {entry['learning_rate']:.6f}")
+    print(f"Train Loss: {entry['train_loss']:.4f} | Accuracy: {entry['train_accuracy']:.2f}%")
     if "val_accuracy" in entry:
-        tqdm.write(f"Validation Loss: {entry['val_loss']:.4f} | Accuracy: {entry['val_accuracy']:.2f}%")
+        print(f"Validation Loss: {entry['val_loss']:.4f} | Accuracy: {entry['val_accuracy']:.2f}%")
     sys.stdout.flush()
 
 
 def finish(run: Run, recipe: Recipe, test_split: Split | None, out: Path, board: Any) -> None:
     """Read the test set, write model.pt and print the final accuracy; of a fold, that of the held-out images."""
-    metrics, final = last_metrics(run.history), "val_accuracy"
+    metrics = last_metrics(run.history)
     if test_split is not None:
-        logits, final = utils.predict(run.average.model, test_split), "test_accuracy"
+        logits = utils.predict(run.average.model, test_split)
         metrics.update(utils.scores("test", logits, test_split.labels))
         misread = test_split.images[logits.argmax(1) != test_split.labels]
         if board and len(misread):
@@ -387,6 +390,7 @@ def finish(run: Run, recipe: Recipe, test_split: Split | None, out: Path, board:
     utils.save_checkpoint(path, run.average.model, recipe=asdict(recipe), epoch=recipe.epochs, metrics=metrics)
     if board:
         log_result(board, recipe, metrics)
+    final = "val_accuracy" if test_split is None else "test_accuracy"
     print(f"Final {TITLES[final]}: {metrics[final]:.2f}%")
 
 
@@ -455,9 +459,7 @@ def log_epoch(board: Any, entry: dict[str, float]) -> None:
 
 def log_result(board: Any, recipe: Recipe, metrics: dict[str, float]) -> None:
     """The hyperparameters with the final accuracy."""
-    settings = {
-        name: value if isinstance(value, (int, float, str)) else show(value) for name, value in asdict(recipe).items()
-    }
+    settings = {name: show(value) if isinstance(value, tuple) else value for name, value in asdict(recipe).items()}
     finals = {f"final/{name}": value for name, value in metrics.items() if name.endswith("accuracy")}
     board.add_hparams(settings, finals, run_name=".")
     board.close()
@@ -507,7 +509,7 @@ def run_side_by_side(commands: dict[Path, list[str]], jobs: int, epochs: int, mo
                     running[folder] = subprocess.Popen(commands[folder], stdout=log, stderr=subprocess.STDOUT)
             time.sleep(0.2)
             started = [folder for folder in commands if folder not in waiting]
-            bar.n = sum(len(set(re.findall(r"^Epoch (\d+)$", log_text(folder), re.M))) for folder in started)
+            bar.n = sum(log_text(folder).count("\nTrain Loss: ") for folder in started)
             bar.refresh()
             for folder in [folder for folder, process in running.items() if process.poll() is not None]:
                 if running.pop(folder).returncode:
@@ -562,9 +564,8 @@ def report(args: argparse.Namespace, folders: list[Path], device: torch.device) 
 
 def summary(values: list[float]) -> dict[str, float]:
     """Mean, sample standard deviation, standard error of the mean, minimum, maximum and number of `values`."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    std = tensor.std().item() if len(values) > 1 else 0.0
-    return {"mean": tensor.mean().item(), "std": std, "sem": std / len(values) ** 0.5,
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": std, "sem": std / len(values) ** 0.5,
             "min": min(values), "max": max(values), "n": len(values)}  # fmt: skip
 
 

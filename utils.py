@@ -1,4 +1,4 @@
-"""What the three scripts share: devices, data and augmentation, optimiser and schedule, checkpoints."""
+"""Everything around the network: devices, data and augmentation, optimiser and schedule, checkpoints."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ except ImportError:  # Windows: two trainings into one --out are not refused the
 ROOT = Path(__file__).resolve().parent
 IMAGE_SIZE = 28
 STD = 0.3081  # of the 60,000 training images, scaled to 0..1
+MNIST_CRC32 = 4083391318  # of the same
 MAX_IMAGES = 1_000_000  # more than any data set in MNIST's format has
 MAX_WIDTH = 32
 
@@ -60,7 +61,8 @@ def run_script(main: Callable[[], int | None]) -> None:
         status = 130
     except OSError as error:  # `python test_model.py | head`, or a log on a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has no place to go
-        status = 1 if isinstance(error, BrokenPipeError) else fail(f"{error.filename or 'output'}: {error.strerror}")
+        reason = f"{error.filename or 'output'}: {error.strerror or error}"
+        status = 1 if isinstance(error, BrokenPipeError) else fail(reason)
     sys.exit(status)
 
 
@@ -128,12 +130,12 @@ def place(model: Net, device: torch.device) -> Net:
     return model.to(device, memory_format=layout)
 
 
-def derive_seed(*numbers: int) -> int:
-    """One 64-bit seed from several numbers, so that (seed 1, epoch 2) and (seed 2, epoch 1) share nothing.
+ORDER, DROPOUT, WEIGHTS, SHAPES = range(4)  # what random numbers are drawn for; augmentation goes with the order
 
-    A zero at the end changes nothing: (seed,) and (seed, 0) are the same.
-    """
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+def derive_seed(seed: int, epoch: int = 0, use: int = ORDER) -> int:
+    """One 64-bit seed for each seed, epoch and use, so that (seed 1, epoch 2) and (seed 2, epoch 1) share nothing."""
+    return int(np.random.SeedSequence((seed, epoch, use)).generate_state(1, np.uint64)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,32 +208,32 @@ def read_idx(path: Path) -> Tensor:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             zeros, kind, dims = struct.unpack(">HBB", file.read(4))
             shape = struct.unpack(f">{dims}I", file.read(4 * dims))
-            if (zeros, kind) != (0, 8) or not 0 < math.prod(shape) <= MAX_IMAGES * IMAGE_SIZE**2:
-                raise ValueError(f"its header declares {' x '.join(map(str, shape))} values of kind {kind}")
-            data = bytearray(file.read(math.prod(shape) + 1))  # the byte more makes gzip check its own sum
+            size, declared = math.prod(shape), f"its header declares {' x '.join(map(str, shape))} values"
+            if (zeros, kind) != (0, 8) or not 0 < size <= MAX_IMAGES * IMAGE_SIZE**2:
+                raise ValueError(f"{declared} of kind {kind}")
+            data = bytearray(file.read(size + 1))  # the byte more makes gzip check its own sum
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise UserError(f"{path} is damaged or not an IDX file: {error}") from error
-    if len(data) != math.prod(shape):
-        state = "truncated" if len(data) < math.prod(shape) else "too long"
-        raise UserError(f"{path} is {state}: its header declares {' x '.join(map(str, shape))} values")
+    if len(data) != size:
+        raise UserError(f"{path} is {'truncated' if len(data) < size else 'too long'}: {declared}")
     return torch.frombuffer(data, dtype=torch.uint8).view(shape)
 
 
-def shuffled_by_class(labels: Tensor, seed: int) -> Tensor:
-    """0..N-1, class after class of `labels` (N,), in random order within each."""
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive_seed(seed)))
+def shuffled_by_class(labels: Tensor) -> Tensor:
+    """0..N-1, class after class of `labels` (N,), within each in an order that never changes, so that runs compare."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive_seed(0)))
     return shuffled[torch.argsort(labels.cpu()[shuffled], stable=True)]
 
 
-def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
-    """Stratified (rest, held-out) with `size` images held out, 0 < size < N; the same for the same seed."""
-    n, by_class = len(split.labels), shuffled_by_class(split.labels, seed)
+def hold_out(split: Split, size: int) -> tuple[Split, Split]:
+    """Stratified (rest, held-out) with `size` images held out, 0 < size < N; always the same."""
+    n, by_class = len(split.labels), shuffled_by_class(split.labels)
     return divide(split, by_class[(torch.arange(size) * n + n // 2) // size])  # evenly spaced through the classes
 
 
-def fold_out(split: Split, folds: int, fold: int, seed: int) -> tuple[Split, Split]:
+def fold_out(split: Split, folds: int, fold: int) -> tuple[Split, Split]:
     """Stratified (rest, fold number `fold`) of `folds` (1 to `folds`), which are disjoint and make up the whole."""
-    return divide(split, shuffled_by_class(split.labels, seed)[fold - 1 :: folds])
+    return divide(split, shuffled_by_class(split.labels)[fold - 1 :: folds])
 
 
 def divide(split: Split, index: Tensor) -> tuple[Split, Split]:
@@ -254,6 +256,9 @@ def normalize(images: Tensor) -> Tensor:
     return images / STD
 
 
+ELASTIC_GRID = 5  # K: control points of the elastic distortion along each side
+
+
 class Augmentation(NamedTuple):
     """Ranges of the random transform of each image; all zeros leave the images as they are."""
 
@@ -273,9 +278,6 @@ class Augmentation(NamedTuple):
             shear=self.shear * u[:, 4:6],
         )
         return matrices, self.elastic * torch.randn(n, 2, ELASTIC_GRID**2, generator=generator)
-
-
-ELASTIC_GRID = 5  # K: control points along each side
 
 
 def affine_matrices(angle: Tensor, translate: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
@@ -351,6 +353,10 @@ class Loader:
             yield from zip(normalize(x).split(self.batch_size), y.split(self.batch_size))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
 @torch.inference_mode()
 def predict(model: torch.nn.Module, split: Split, batch_size: int = 500) -> Tensor:
     """Logits float (N, 10) of the whole split, in eval mode, on its device."""
@@ -379,8 +385,7 @@ def confusion_matrix(predictions: Tensor, labels: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Ones with a flag, sevens with a bar, nines with a tail. A point is a complex number: x + iy, in pixels, y down.
 
-MARGIN = 10  # pixels around an image, for strokes that leave it until it is centred again
-MNIST_CRC32 = 4083391318  # of the 60,000 training images
+ROOM = 10  # pixels around an image, for strokes that leave it until it is centred again
 
 
 def draw_foreign_shapes(split: Split, share: float, seed: int) -> Split:
@@ -388,13 +393,13 @@ def draw_foreign_shapes(split: Split, share: float, seed: int) -> Split:
 
     MNIST's writers were Americans, who hardly ever draw these. All other images stay as they are.
     """
-    generator = torch.Generator().manual_seed(derive_seed(seed, 0, 3))
+    generator = torch.Generator().manual_seed(derive_seed(seed, use=SHAPES))
     images, labels = split.images.cpu().clone(), split.labels.cpu()
     for digit in (1, 7, 9):
         candidates = (labels == digit).nonzero().squeeze(1)
         order = torch.randperm(len(candidates), generator=generator)
         chosen = candidates[order[: round(share * len(candidates))]]
-        ink = F.pad(images[chosen, 0] / 255, [MARGIN] * 4)
+        ink = F.pad(images[chosen, 0] / 255, [ROOM] * 4)
         ink = center_by_mass(draw_foreign_shape(ink, digit, generator))
         images[chosen, 0] = (255 * ink).round().byte()
     return Split(images.to(split.images.device), split.labels)
@@ -567,10 +572,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             parts, size = archive.infolist(), file.seek(0, os.SEEK_END)
-            if (
-                any(part.compress_type != zipfile.ZIP_STORED for part in parts)
-                or sum(p.file_size for p in parts) > size
-            ):
+            compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+            if compressed or sum(part.file_size for part in parts) > size:
                 raise ValueError("compressed or oversized parts")
             file.seek(0)
             if file.read(4) != b"PK\x03\x04" or archive.testzip():

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import utils
 from model import Net
-from test_model import classify, find_images, read_digit
+from test_model import classify, find_images, read_digits
 from utils import Split, UserError, at_least
 
 EXPLAINED = 8  # mistakes in explain.png
@@ -56,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     add("--show", action="store_true", help="also open windows")
     args = parser.parse_args()
     if args.images and args.explain:
-        parser.error("--images does not go with --explain")
+        raise UserError("--images does not go with --explain")
     return args
 
 
@@ -93,10 +93,10 @@ def read(model: Net, split: Split) -> Reading:
 
 def read_history(path: Path) -> list[dict[str, float]]:
     """The entries that train.py wrote, one an epoch; UserError if the file holds anything else."""
-    needed = ("epoch", "learning_rate", "train_loss", "train_accuracy")
     try:
         history = json.loads(path.read_text(encoding="utf-8"))
-        sound = len(history) > 0 and all(math.isfinite(entry[name]) for entry in history for name in needed)
+        needed = {"epoch", "learning_rate", "train_loss", "train_accuracy", *history[-1]}
+        sound = all(math.isfinite(entry[name]) for entry in history for name in needed)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, TypeError, LookupError):
@@ -415,12 +415,7 @@ def draw_images(args: argparse.Namespace, model: Net) -> int:
         print(f"Showing the first {args.max} of {len(paths):,} images; --max N shows more")
         paths = paths[: args.max]
     names, originals, digits = [], [], []
-    for path in paths:
-        try:
-            original, digit = read_digit(path)
-        except UserError as error:
-            utils.warn(str(error))
-            continue
+    for path, original, digit in read_digits(paths):
         name = path.name.encode("utf-8", "replace").decode()  # as bytes that are not UTF-8 cannot be drawn
         names.append(name if len(name) <= 30 else f"…{name[-29:]}")
         originals.append(ImageOps.pad(original, (400, 400), color="white"))

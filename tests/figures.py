@@ -1,6 +1,6 @@
 """README's two figures that no script draws: `python tests/figures.py foreign` and `python tests/figures.py accuracy`.
 
-The second trains about a hundred minutes on 2 cores, into checkpoints/accuracy; what it finds there it does not repeat.
+The second trains for about two hours on 2 cores, into checkpoints/accuracy; what it finds there it does not repeat.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def train_the_plain_way(seed: int) -> tuple[float, float]:
     if not path.exists():
         torch.set_num_threads(1)
         torch.manual_seed(seed)
-        loader, model = plain_loader(workers=1), plain_network()
+        loader, model = plain_loader(workers=0), plain_network()
         optimizer, began = plain_optimizer(model), time.perf_counter()
         for epoch in trange(1, 21, desc=f"plain way, seed {seed}", unit="epoch", disable=None):
             optimizer.param_groups[0]["lr"] = np.interp(epoch, [1, 5, 10, 15], [0.005, 0.0035, 0.0015, 0.00075])

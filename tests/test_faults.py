@@ -158,9 +158,7 @@ def test_places_that_cannot_be_written(refuse, trained: Path, tmp_path: Path) ->
 def test_output_that_goes_nowhere(environment: dict, trained: Path) -> None:
     command = [sys.executable, "test_model.py", "--checkpoint", str(trained / "model.pt")]
     with open("/dev/full", "w") as full_disk:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=full_disk, stderr=subprocess.PIPE, text=True
-        )
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=full_disk, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and "No space left" in done.stderr and "Traceback" not in done.stderr
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -244,8 +242,7 @@ def test_bad_checkpoints_are_one_line_and_run_no_code(how: str, refuse, trained:
     if how != "missing":
         make_bad(how, trained / "model.pt", path, trap)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for script in ("test_model.py", "visualize_errors.py"):
-        refuse(script, "--checkpoint", path, words=[path, "python train.py" if how == "missing" else ""])
+    refuse("test_model.py", "--checkpoint", path, words=[path, "python train.py" if how == "missing" else ""])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 200_000  # KiB
     assert not trap.exists()
 

@@ -49,28 +49,16 @@ def likeness(a: Tensor, b: Tensor) -> float:
     return max(torch.corrcoef(torch.stack([s.flatten(), b.flatten()]).float())[0, 1].item() for s in shifts)
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """run("--images", path): test_model.main() with the released weights; returns the exit status."""
-
-    def run(*args: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["test_model.py", "--checkpoint", str(RELEASED), *map(str, args)])
-        return test_model.main()
-
-    return run
-
-
-def test_scans_are_read(run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_scans_are_read(call: Callable, tmp_path: Path) -> None:
     for i in range(80):
         path = tmp_path / str(MNIST.labels[i].item()) / f"{i}.jpg"
         path.parent.mkdir(exist_ok=True)
         image = scan(i, seed=i)
         (image if i % 4 else ImageOps.invert(image)).save(path)
-    assert run("--images", tmp_path) == 0
-    output = capsys.readouterr()
-    *lines, accuracy = output.out.splitlines()
+    out, err = call("test_model.py", "--checkpoint", RELEASED, "--images", tmp_path)
+    *lines, accuracy = out.splitlines()
     assert [Path(line.split("\t")[0]) for line in lines] == find_images([tmp_path]) and len(lines) == 80
-    assert all(0.1 <= float(line.split("\t")[2]) <= 1 for line in lines) and not output.err
+    assert all(0.1 <= float(line.split("\t")[2]) <= 1 for line in lines) and not err
     right = sum(Path(line).parent.name == line.split("\t")[1] for line in lines)
     assert right >= 78 and accuracy == f"Accuracy: {right / 0.8:.2f}% ({right} of 80)"
 
@@ -108,6 +96,7 @@ VARIANTS = {
     "framed.png": ImageOps.expand(PLAIN, 12, 20),
     "specked.png": specked(PLAIN.copy()),
     "turned.jpg": PLAIN.transpose(Image.Transpose.ROTATE_90),
+    "turned-transparent.png": CLEAR.transpose(Image.Transpose.ROTATE_90),
     "transparent.png": CLEAR,
     "transparent-chalk.png": Image.merge("LA", [Image.new("L", DARK.size, 255), DARK]),
     "palette.png": CLEAR.convert("RGBA").quantize(16),
@@ -119,7 +108,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_should_not_matter_does_not(name: str, tmp_path: Path) -> None:
-    VARIANTS[name].save(tmp_path / name, **({"exif": TURNED} if name == "turned.jpg" else {}))
+    VARIANTS[name].save(tmp_path / name, **({"exif": TURNED} if name.startswith("turned") else {}))
     PLAIN.save(tmp_path / "plain.png")
     shown, digit = read_digit(tmp_path / name)
     assert shown.mode == "RGB"
@@ -135,7 +124,7 @@ def test_a_hairline_is_thickened(tmp_path: Path) -> None:
     assert test_model.classify(model, digit[None])[0].argmax() == 7 and digit[8:16].amax(1).min() > 150
 
 
-def test_what_cannot_be_read_is_one_line_each(run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_cannot_be_read_is_one_line_each(call: Callable, tmp_path: Path) -> None:
     words = {
         "white.png": "blank", "small.png": "too few", "large.png": "too many", "text.png": "cannot identify",
         "half.png": "truncated", "empty": "no images", "missing.png": "No such file",
@@ -151,9 +140,9 @@ def test_what_cannot_be_read_is_one_line_each(run: Callable, tmp_path: Path, cap
         with pytest.raises(UserError, match=word) as error:
             read_digit(tmp_path / name)
         assert str(error.value).startswith(f"{tmp_path / name}: ")
-    assert run("--images", *(tmp_path / name for name in [*words, "good.png"])) == 1
-    output = capsys.readouterr()
-    assert len(output.err.splitlines()) == len(words) and output.out.startswith(f"{tmp_path / 'good.png'}\t7\t")
+    paths = [tmp_path / name for name in [*words, "good.png"]]
+    out, err = call("test_model.py", "--checkpoint", RELEASED, "--images", *paths, status=1)
+    assert len(err.splitlines()) == len(words) and out.startswith(f"{tmp_path / 'good.png'}\t7\t")
 
 
 def test_find_images(tmp_path: Path) -> None:
@@ -165,12 +154,12 @@ def test_find_images(tmp_path: Path) -> None:
     assert find_images([missing, tmp_path]) == [missing, *(tmp_path / name for name in names)]
 
 
-def test_json(run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_json(call: Callable, tmp_path: Path) -> None:
     (tmp_path / "7").mkdir()
     for path in (tmp_path / "7" / "a.png", tmp_path / "b.png"):
         PLAIN.save(path)
-    assert run("--images", tmp_path, "--json", "-") == 0
-    results = json.loads(capsys.readouterr().out)
+    out, _ = call("test_model.py", "--checkpoint", RELEASED, "--images", tmp_path, "--json", "-")
+    results = json.loads(out)
     labelled, other = results["images"]
     assert results["accuracy"] == 100 and labelled["label"] == 7 and "label" not in other
     assert other["path"] == str(tmp_path / "b.png") and other["digit"] == 7

@@ -184,27 +184,6 @@ def test_memory_format_changes_nothing() -> None:
     torch.testing.assert_close(utils.place(model, torch.device("cpu"))(x), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_dropout_rate_mean_and_independence() -> None:
-    torch.manual_seed(0)
-    layer, x = Dropout(0.3), torch.ones(100, 24, 14, 14).to(memory_format=torch.channels_last)
-    y = layer(x)
-    assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
-    deviation = math.sqrt(0.3 * 0.7 / x.numel())
-    assert abs((y == 0).double().mean().item() - 0.3) < 4 * deviation
-    neighbours = ((y[..., 1:] == 0) & (y[..., :-1] == 0)).double().mean().item()
-    assert abs(neighbours - 0.09) < 4 * deviation
-    assert layer.eval()(x) is x
-
-
-def test_dropout_is_seeded_and_keeps_odd_shapes() -> None:
-    x = torch.randn(3, 5, 7)[:, :, ::2]
-    torch.manual_seed(1)
-    first = Dropout(0.5)(x)
-    torch.manual_seed(1)
-    assert torch.equal(Dropout(0.5)(x), first)
-    assert torch.equal(first[first != 0], 2 * x[first != 0])
-
-
 def test_scaled_dropout_reaches_every_layer() -> None:
     model, x = Net().train(), torch.randn(64, 1, 28, 28)
     model.scale_dropout(0.5)

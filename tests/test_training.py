@@ -87,7 +87,7 @@ def test_distillation_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_statistics_of_the_averaged_network_are_those_of_plain_digits(trained: Path, data_dir: Path) -> None:
     model, checkpoint = utils.load_model(trained / "model.pt", CPU)
     everything = utils.load_mnist(data_dir, train=True, device=CPU)
-    split, _ = train.hold_out(everything, Recipe(**checkpoint["recipe"]))
+    split, _ = train.split_off(everything, Recipe(**checkpoint["recipe"]))
     x, _ = next(iter(Loader(split.select(slice(None, None, train.PLAIN_EVERY)), 400)))
     for block in model.blocks:
         outputs = block.conv(x)
