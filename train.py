@@ -129,7 +129,7 @@ class Recipe:
     )
     fc_dropout: float = setting(0.4, "dropout rate between the linear layers at the start", 0, 0.95)
     dropout_until: float = setting(
-        0.4, "fraction of the run in which all dropout rates fall linearly to 0; 1 keeps them constant", 0, 1
+        0.1, "fraction of the run in which all dropout rates fall linearly to 0; 1 keeps them constant", 0, 1
     )
     rotation: float = setting(10.0, "augmentation: degrees, either way", 0, 180)
     scale: float = setting(0.1, "augmentation: 0.1 is 0.9 to 1.1", 0, 0.9)

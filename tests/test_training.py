@@ -110,7 +110,7 @@ WIRES = {  # field: (flags, the same with another value of the field)
     "ema": ((), ("--ema", 1)),
     "dropout": ((), ("--dropout", 0.1, 0.2, 0.3, 0)),
     "fc_dropout": ((), ("--fc-dropout", 0)),
-    "dropout_until": ((), ("--dropout-until", 0.1)),
+    "dropout_until": ((), ("--dropout-until", 0.4)),
     "rotation": ((), ("--rotation", 0)),
     "scale": ((), ("--scale", 0)),
     "translate": ((), ("--translate", 0)),
