@@ -322,25 +322,20 @@ def read_images(model: Net, files: Sequence[Path]) -> dict[str, Any]:
     """Everything that is reported of those of `files` that can be read, ready for JSON."""
     found = [(path, digit) for path, _, digit in read_digits(files)]
     probabilities = classify(model, torch.stack([digit for _, digit in found])) if found else torch.empty(0, 10)
-    results: dict[str, Any] = {"images": [describe(path, p.tolist()) for (path, _), p in zip(found, probabilities)]}
-    right = answers(results)
+    images = [describe(path, p.tolist()) for (path, _), p in zip(found, probabilities)]
+    results: dict[str, Any] = {"images": images}
+    right = [image["digit"] == image["label"] for image in images if "label" in image]
     if right:
-        results["accuracy"] = 100 * sum(right) / len(right)
+        results.update(accuracy=100 * sum(right) / len(right), right=sum(right), labelled=len(right))
     return results
-
-
-def answers(results: dict[str, Any]) -> list[bool]:
-    """Of the images that have a label, whether it was read."""
-    return [image["digit"] == image["label"] for image in results["images"] if "label" in image]
 
 
 def print_images(results: dict[str, Any]) -> None:
     """A line for each image, and the accuracy if some have labels."""
     for image in results["images"]:
         print(f"{image['path']}\t{image['digit']}\t{image['confidence']:.4f}")
-    right = answers(results)
-    if right:
-        print(f"Accuracy: {results['accuracy']:.2f}% ({sum(right)} of {len(right)})")
+    if "accuracy" in results:
+        print(f"Accuracy: {results['accuracy']:.2f}% ({results['right']} of {results['labelled']})")
 
 
 def describe(path: Path, probabilities: list[float]) -> dict[str, Any]:

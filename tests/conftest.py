@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -26,19 +27,32 @@ CPU = torch.device("cpu")
 MAINS = {"train.py": train.main, "test_model.py": test_model.main, "visualize_errors.py": visualize_errors.main}
 
 
-def write_idx(path: Path, values: np.ndarray) -> None:
-    """Write uint8 `values` as an IDX file (LeCun's MNIST page)."""
+@functools.lru_cache
+def mnist(train: bool) -> utils.Split:
+    """The repository's own MNIST; not to be changed in place."""
+    return utils.load_mnist(ROOT / "data", train, CPU)
+
+
+def idx(values: np.ndarray) -> bytes:
+    """Uint8 `values` as the contents of an IDX file (LeCun's MNIST page)."""
     header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(header + values.astype(np.uint8).tobytes())
+    return header + values.astype(np.uint8).tobytes()
+
+
+def flip(data: bytes, at: int) -> bytes:
+    """`data` with one bit of byte `at` changed."""
+    changed = bytearray(data)
+    changed[at] ^= 1
+    return bytes(changed)
 
 
 def write_mnist(folder: Path, train: int, test: int) -> Path:
     """The first `train` and `test` digits of MNIST, in a folder for --data-dir."""
+    folder.mkdir(parents=True, exist_ok=True)
     for part, count in (("train", train), ("t10k", test)):
-        split = utils.load_mnist(ROOT / "data", part == "train", CPU)
-        write_idx(folder / f"{part}-images-idx3-ubyte", split.images[:count, 0].numpy())
-        write_idx(folder / f"{part}-labels-idx1-ubyte", split.labels[:count].numpy())
+        split = mnist(part == "train")
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(split.images[:count, 0].numpy()))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(split.labels[:count].numpy()))
     return folder
 
 
@@ -49,9 +63,15 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def test_split(data_dir: Path) -> utils.Split:
-    """The 1,000 test digits."""
-    return utils.load_mnist(data_dir, train=False, device=CPU)
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """640 training digits: ten steps."""
+    return write_mnist(tmp_path_factory.mktemp("tiny"), train=640, test=50)
+
+
+@pytest.fixture(scope="session")
+def test_split() -> utils.Split:
+    """The same 1,000 test digits."""
+    return mnist(train=False).select(slice(1000))
 
 
 @pytest.fixture(scope="session")

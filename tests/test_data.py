@@ -6,13 +6,14 @@ import gzip
 import hashlib
 import tracemalloc
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
-from conftest import CPU, ROOT, write_idx, write_mnist
+from conftest import CPU, ROOT, flip, idx, mnist, write_mnist
 from torchvision.datasets import MNIST
 
 import utils
@@ -30,7 +31,7 @@ def test_the_repository_carries_the_official_archives() -> None:
     for name, md5 in MNIST.resources:
         assert hashlib.md5((ROOT / "data/MNIST/raw" / name).read_bytes()).hexdigest() == md5
         assert f"| `{name}` | `{md5}` |" in readme
-    assert len(utils.load_mnist(ROOT / "data", train=True, device=CPU).labels) == 60_000
+    assert len(mnist(train=True).labels) == 60_000
 
 
 def test_images_and_labels_are_torchvisions(tmp_path: Path) -> None:
@@ -57,62 +58,36 @@ def test_files_are_found_packed_or_not_in_both_layouts(layout: str, packed: bool
     assert sorted(tmp_path.rglob("*")) == before  # nothing is unpacked
 
 
-def damage(folder: Path, how: str) -> str:
-    """Damage the test files in `folder`; returns a word of the message."""
-    images, labels = folder / NAMES[2], folder / NAMES[3]
-    if how == "missing":
-        images.unlink()
-        return f"no {NAMES[2]}"
-    if how == "truncated":
-        images.write_bytes(images.read_bytes()[:-1])
-        return "truncated"
-    if how == "too long":
-        images.write_bytes(images.read_bytes() + b"x")
-        return "too long"
-    if how == "empty":
-        images.write_bytes(b"")
-        return "damaged"
-    if how == "not IDX":
-        images.write_text("<html>404</html>")
-        return "not an IDX file"
-    if how == "enormous":
-        images.write_bytes(bytes([0, 0, 8, 3]) + 3 * b"\xff\xff\xff\xff")
-        return "declares"
-    if how == "32x32":
-        write_idx(images, np.zeros((20, 32, 32)))
-        return "20 x 32 x 32"
-    if how == "label 10":
-        write_idx(labels, np.full(20, 10))
-        return "0 to 9"
-    if how == "other number":
-        write_idx(labels, np.zeros(19))
-        return "19 labels"
-    packed = images.with_name(f"{images.name}.gz")
-    data = bytearray(gzip.compress(images.read_bytes()))
-    images.unlink()
-    if how == "gzip cut":
-        del data[len(data) // 2 :]
-    elif how == "gzip sum":
-        data[-5] ^= 1
-    elif how == "gzip flipped":
-        data[len(data) // 2] ^= 1
-    packed.write_bytes(data)
-    return packed.name
-
-
-DAMAGES = ["missing", "truncated", "too long", "empty", "not IDX", "enormous", "32x32", "label 10", "other number",
-           "gzip cut", "gzip sum", "gzip flipped"]  # fmt: skip
+IMAGES, LABELS = NAMES[2:]
+PACKED = f"{IMAGES}.gz"
+DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {  # the file, what becomes of it, words of the message
+    "truncated": (IMAGES, lambda data: data[:-1], "truncated"),
+    "too long": (IMAGES, lambda data: data + b"x", "too long"),
+    "empty": (IMAGES, lambda data: b"", "damaged"),
+    "not IDX": (IMAGES, lambda data: b"<html>404</html>", "not an IDX file"),
+    "enormous": (IMAGES, lambda data: bytes([0, 0, 8, 3]) + 12 * b"\xff", "declares"),
+    "32x32": (IMAGES, lambda data: idx(np.zeros((20, 32, 32))), "20 x 32 x 32"),
+    "label 10": (LABELS, lambda data: idx(np.full(20, 10)), "0 to 9"),
+    "other number": (LABELS, lambda data: idx(np.zeros(19)), "19 labels"),
+    "gzip cut": (PACKED, lambda data: gzip.compress(data)[:2000], PACKED),
+    "gzip sum": (PACKED, lambda data: flip(gzip.compress(data), -5), PACKED),
+    "gzip flipped": (PACKED, lambda data: flip(gzip.compress(data), 2000), PACKED),
+    "missing": ("other", lambda data: data, f"no {IMAGES}"),
+}
 
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_damaged_files_are_one_line_that_names_the_file(how: str, refuse, tmp_path: Path) -> None:
-    write_mnist(tmp_path, train=50, test=20)
-    word = damage(tmp_path, how)
-    refuse("train.py", "--data-dir", tmp_path, "--out", tmp_path / "out", words=[word, tmp_path])
+    name, damage, words = DAMAGES[how]
+    good = write_mnist(tmp_path, train=50, test=20) / (LABELS if name == LABELS else IMAGES)
+    data = good.read_bytes()
+    good.unlink()
+    (tmp_path / name).write_bytes(damage(data))
+    refuse("train.py", "--data-dir", tmp_path, "--out", tmp_path / "out", words=[words, tmp_path])
 
 
 def test_a_gzip_bomb_is_read_no_further_than_its_header_says(tmp_path: Path) -> None:
-    path = tmp_path / f"{NAMES[2]}.gz"
+    path = tmp_path / PACKED
     with gzip.open(path, "wb", compresslevel=1) as file:
         file.write(bytes([0, 0, 8, 3, 0, 0, 0, 20, 0, 0, 0, 28, 0, 0, 0, 28]))
         for _ in range(200):
@@ -191,8 +166,7 @@ def test_hold_out_is_stratified_disjoint_and_whole(split: Split, size: int) -> N
 
 def test_the_validation_images_are_those_of_the_published_figures() -> None:
     """Validation figures in README compare only while `--val-size 10000` holds out the same images."""
-    split = utils.load_mnist(ROOT / "data", train=True, device=CPU)
-    _, held = utils.hold_out(Split(torch.arange(60_000), split.labels), 10_000)
+    _, held = utils.hold_out(Split(torch.arange(60_000), mnist(train=True).labels), 10_000)
     assert held.images[:5].tolist() == [2, 7, 9, 11, 13] and int(held.images.sum()) == 300_517_329
 
 

@@ -15,19 +15,17 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, NamedTuple
 
 import pytest
 import torch
-from conftest import CPU, MAINS, ROOT
+from conftest import CPU, MAINS, ROOT, flip
 from test_training import assert_same_bits
 
 import utils
 from utils import UserError
 
 resource = pytest.importorskip("resource", reason="kills and limits are those of Unix")
-KILLED = ("--epochs", 3, "--batch-size", 16, "--dropout-until", 0.5)
-
 
 # --- kills, interrupts, full disks -----------------------------------------------------------------------------------
 
@@ -53,27 +51,20 @@ utils.run_script(train.main)
 """
 
 
-@pytest.fixture(scope="module")
-def undisturbed(run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a training that nobody kills."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    run("train.py", *KILLED, "--out", out)
-    return out
-
-
 # Each epoch replaces last.pt, then history.json; the run's end reads the test set.
 @pytest.mark.parametrize("moment", [("replace", 1), ("replace", 4), ("predict", 1)])
-def test_a_killed_training_is_whole_and_resumes_to_the_same_bits(
-    moment: tuple, call, undisturbed: Path, environment: dict, tmp_path: Path
-) -> None:
-    words = [sys.executable, "-c", AIMED_KILL, *moment, *KILLED, "--out", tmp_path]
-    done = subprocess.run(list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True)
+def test_a_killed_training_is_whole_and_resumes_to_the_same_bits(moment: tuple, call, tiny, tmp_path: Path) -> None:
+    flags = ("--epochs", 3, "--batch-size", 16, "--dropout-until", 0.5, "--data-dir", tiny)
+    call("train.py", *flags, "--out", tmp_path / "undisturbed")
+    out = tmp_path / "killed"
+    words = [sys.executable, "-c", AIMED_KILL, *moment, *flags, "--out", out]
+    done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    for path in tmp_path.glob("*.pt"):
+    for path in out.glob("*.pt"):
         utils.load_model(path, CPU)
-    call("train.py", "--resume", "--out", tmp_path)
-    assert_same_bits(undisturbed / "model.pt", tmp_path / "model.pt")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["history.json", "last.pt", "model.pt"]
+    call("train.py", "--resume", "--data-dir", tiny, "--out", out)
+    assert_same_bits(tmp_path / "undisturbed" / "model.pt", out / "model.pt")
+    assert sorted(p.name for p in out.iterdir()) == ["history.json", "last.pt", "model.pt"]
 
 
 def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -90,10 +81,10 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> 
     assert target.read_text() == "2\n" and len(list(tmp_path.iterdir())) == 1
 
 
-def start(environment: dict[str, str], *args: object) -> subprocess.Popen:
+def start(*args: object) -> subprocess.Popen:
     """train.py in the background, in a process group of its own, which ends at Ctrl-C even under a job of a shell."""
     return subprocess.Popen(
-        [sys.executable, "train.py", *map(str, args)], cwd=ROOT, env=environment, text=True, start_new_session=True,
+        [sys.executable, "train.py", *map(str, args)], cwd=ROOT, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
@@ -106,8 +97,8 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_interrupt_and_a_second_training_into_the_same_folder(refuse, environment: dict, tmp_path: Path) -> None:
-    process = start(environment, "--epochs", 1000, "--out", tmp_path)
+def test_interrupt_and_a_second_training_into_the_same_folder(refuse, tiny: Path, tmp_path: Path) -> None:
+    process = start("--epochs", 1000, "--data-dir", tiny, "--out", tmp_path)
     wait_for(tmp_path / "history.json", process)
     refuse("train.py", "--epochs", 1, "--out", tmp_path, words=["another training writes to", tmp_path])
     process.send_signal(signal.SIGINT)
@@ -118,8 +109,8 @@ def test_interrupt_and_a_second_training_into_the_same_folder(refuse, environmen
         pass
 
 
-def test_ctrl_c_stops_all_of_several_runs(environment: dict, tmp_path: Path) -> None:
-    process = start(environment, "--runs", 3, "--jobs", 2, "--epochs", 1000, "--out", tmp_path)
+def test_ctrl_c_stops_all_of_several_runs(tiny: Path, tmp_path: Path) -> None:
+    process = start("--runs", 3, "--jobs", 2, "--epochs", 1000, "--data-dir", tiny, "--out", tmp_path)
     for seed in (0, 1):
         wait_for(tmp_path / f"seed-{seed}" / "history.json", process)
     os.killpg(process.pid, signal.SIGINT)
@@ -189,62 +180,71 @@ class Huge:
         return torch._utils._rebuild_tensor_v2, (typed, 0, (2**38,), (1,), False, {})
 
 
-def make_bad(how: str, good: Path, path: Path, trap: Path) -> None:
-    """Write to `path` something that is no checkpoint, or a bad one made from `good`."""
-    contents = torch.load(good, weights_only=True)
-    weights, architecture = contents["model"], contents["architecture"]
-    if how == "folder":
-        path.mkdir()
-    elif how == "text":
-        path.write_text("hello")
-    elif how == "pickle":
-        path.write_bytes(pickle.dumps(Evil(trap)))
-    elif how == "half":
-        path.write_bytes(good.read_bytes()[:40_000])
-    elif how == "flipped":
-        data = bytearray(good.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-    elif how == "bomb":
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("archive/data.pkl", bytes(200 * 2**20))
-    elif how == "tar with a zip behind it":
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w") as archive:
-            archive.addfile(tarfile.TarInfo("pickle"), io.BytesIO())
-        path.write_bytes(buffer.getvalue() + good.read_bytes())
-    else:
-        torch.save(
-            {
-                "list": [1, 2],
-                "parts missing": {"model": weights},
-                "code": {**contents, "metrics": Evil(trap)},
-                "another width": {**contents, "architecture": {**architecture, "width": 3}},
-                "enormous width": {**contents, "architecture": {**architecture, "width": 10**9}},
-                "unknown word": {**contents, "architecture": {**architecture, "depth": 3}},
-                "not finite": {**contents, "model": {**weights, "fc2.bias": torch.full((10,), float("nan"))}},
-                "wrong type": {**contents, "model": {**weights, "fc2.bias": torch.zeros(10).double()}},
-                "no tensor": {**contents, "model": {**weights, "fc2.bias": [0.0]}},
-                "terabyte": {**contents, "model": {**weights, "fc2.bias": Huge()}},
-            }[how],
-            path,
-        )
+class Good(NamedTuple):
+    """A checkpoint to make a bad one from: its bytes and its contents, and the file that code in it would create."""
+
+    data: bytes
+    contents: dict[str, Any]
+    trap: Path
+
+    def with_(self, part: str, **changes: object) -> dict[str, Any]:
+        """The contents with some of one part changed."""
+        return {**self.contents, part: {**self.contents[part], **changes}}
 
 
-BAD = ["missing", "folder", "text", "pickle", "half", "flipped", "bomb", "tar with a zip behind it", "list",
-       "parts missing", "code", "another width", "enormous width", "unknown word", "not finite", "wrong type",
-       "no tensor", "terabyte"]  # fmt: skip
+def zipped(size: int) -> bytes:
+    """A zip archive that unpacks to `size` bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(size))
+    return buffer.getvalue()
+
+
+def tarred() -> bytes:
+    """A tar archive, as PyTorch's first checkpoints were."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("pickle"), io.BytesIO())
+    return buffer.getvalue()
+
+
+BAD: dict[str, Callable[[Good], object]] = {  # the bytes of a file, or what torch.save makes one of
+    "text": lambda good: b"hello",
+    "pickle": lambda good: pickle.dumps(Evil(good.trap)),
+    "half": lambda good: good.data[:40_000],
+    "flipped": lambda good: flip(good.data, len(good.data) // 2),
+    "bomb": lambda good: zipped(200 * 2**20),
+    "tar with a zip behind it": lambda good: tarred() + good.data,
+    "list": lambda good: [1, 2],
+    "parts missing": lambda good: {"model": good.contents["model"]},
+    "code": lambda good: {**good.contents, "metrics": Evil(good.trap)},
+    "another width": lambda good: good.with_("architecture", width=3),
+    "enormous width": lambda good: good.with_("architecture", width=10**9),
+    "unknown word": lambda good: good.with_("architecture", depth=3),
+    "not finite": lambda good: good.with_("model", **{"fc2.bias": torch.full((10,), float("nan"))}),
+    "wrong type": lambda good: good.with_("model", **{"fc2.bias": torch.zeros(10).double()}),
+    "no tensor": lambda good: good.with_("model", **{"fc2.bias": [0.0]}),
+    "terabyte": lambda good: good.with_("model", **{"fc2.bias": Huge()}),
+}
 
 
 @pytest.mark.parametrize("how", BAD)
 def test_bad_checkpoints_are_one_line_and_run_no_code(how: str, refuse, trained: Path, tmp_path: Path) -> None:
-    path, trap = tmp_path / "bad.pt", tmp_path / "trap"
-    if how != "missing":
-        make_bad(how, trained / "model.pt", path, trap)
+    source, path, trap = trained / "model.pt", tmp_path / "bad.pt", tmp_path / "trap"
+    bad = BAD[how](Good(source.read_bytes(), torch.load(source, weights_only=True), trap))
+    if isinstance(bad, bytes):
+        path.write_bytes(bad)
+    else:
+        torch.save(bad, path)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refuse("test_model.py", "--checkpoint", path, words=[path, "python train.py" if how == "missing" else ""])
+    refuse("test_model.py", "--checkpoint", path, words=[path])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 200_000  # KiB
     assert not trap.exists()
+
+
+def test_a_missing_checkpoint_is_one_line_that_says_how_to_make_one(refuse, tmp_path: Path) -> None:
+    refuse("test_model.py", "--checkpoint", tmp_path / "none.pt", words=[tmp_path / "none.pt", "`python train.py`"])
+    refuse("test_model.py", "--checkpoint", tmp_path, words=["cannot read", tmp_path])  # a folder
 
 
 def corrupt(data: bytes, rng: random.Random) -> bytes:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import CPU
+from conftest import mnist
 from torch import Tensor
 
 import utils
@@ -17,9 +15,9 @@ DRAWN_ON = 1, 7, 9
 
 
 @pytest.fixture(scope="module")
-def digits(data_dir: Path) -> Split:
+def digits() -> Split:
     """The first 3,000 training images."""
-    return utils.load_mnist(data_dir, train=True, device=CPU).select(slice(3000))
+    return mnist(train=True).select(slice(3000))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Callable
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, RELEASED, ROOT
+from conftest import CPU, RELEASED, ROOT, mnist
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
@@ -21,7 +21,7 @@ import utils
 from test_model import find_images, read_digit
 from utils import UserError
 
-MNIST = utils.load_mnist(ROOT / "data", train=False, device=CPU)
+MNIST = mnist(train=False)
 
 
 def ink(index: int, side: int = 300, room: int = 0) -> Image.Image:
@@ -119,7 +119,7 @@ def test_a_hairline_is_thickened(tmp_path: Path) -> None:
     image = Image.new("L", (900, 900), 230)
     ImageDraw.Draw(image).line([(300, 200), (600, 190), (400, 700)], 30, 2)
     image.save(tmp_path / "seven.png")
-    model, _ = utils.load_model(RELEASED, torch.device("cpu"))
+    model, _ = utils.load_model(RELEASED, CPU)
     digit = read_digit(tmp_path / "seven.png")[1]
     assert test_model.classify(model, digit[None])[0].argmax() == 7 and digit[8:16].amax(1).min() > 150
 

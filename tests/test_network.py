@@ -43,8 +43,9 @@ def test_layer_table_is_the_specifications(adaptive_pool: str) -> None:
     assert model.training and not any(m._forward_hooks for m in model.modules())
 
 
-def test_readme_shows_what_the_command_prints(run) -> None:
-    printed = run("model.py").stdout
+def test_readme_shows_what_the_command_prints(capsys: pytest.CaptureFixture) -> None:
+    network.main()
+    printed = capsys.readouterr().out
     table = [line for line in printed.splitlines() if line.startswith("|")]
     assert "\n".join(table) in (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"{12 * 9 * 784 + 24 * 108 * 196 + (24 * 216 + 24 * 12) * 49 + 108 * 72 + 720:,} per image" in printed

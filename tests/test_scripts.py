@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, RELEASED, ROOT
+from conftest import CPU, RELEASED, ROOT, mnist
 
 import utils
 from model import count_parameters, load_pretrained
@@ -50,8 +50,7 @@ def test_the_released_network_is_readmes() -> None:
     """Within two digits: processors differ in the last bits."""
     model = load_pretrained()
     assert not model.training and count_parameters(model) == 16_966
-    test = utils.load_mnist(ROOT / "data", train=False, device=CPU)
-    errors = int((utils.predict(model, test).argmax(1) != test.labels).sum())
+    errors = int((utils.predict(model, mnist(train=False)).argmax(1) != mnist(train=False).labels).sum())
     (readme,) = re.findall(r"Test accuracy: .*\((\d+) errors in 10,000\)", (ROOT / "README.md").read_text("utf-8"))
     assert abs(errors - int(readme)) <= 2
     assert RELEASED.stat().st_size < 100_000

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from conftest import CPU, RELEASED, write_mnist
+from conftest import CPU, RELEASED
 
 import train
 import utils
@@ -130,12 +130,6 @@ WIRES = {  # field: (flags, the same with another value of the field)
 }
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """640 training digits: ten steps."""
-    return write_mnist(tmp_path_factory.mktemp("tiny"), train=640, test=50)
-
-
 @pytest.mark.parametrize("name", [f.name for f in fields(Recipe) if f.name != "threads"])
 def test_every_flag_changes_what_is_learnt(name: str, call, tiny: Path, tmp_path: Path) -> None:
     def train_with(flags: tuple) -> torch.Tensor:
@@ -192,8 +186,8 @@ def test_argparse_refuses_the_rest_and_help_names_every_flag_and_default(call, c
 # --- one run ---------------------------------------------------------------------------------------------------------
 
 
-def test_train_logs_in_the_specifications_format_and_learns(run, tmp_path: Path) -> None:
-    done = run("train.py", "--epochs", 3, "--dropout-until", 0, "--val-size", 400, "--out", tmp_path)
+def test_train_logs_in_the_specifications_format_and_learns(run, trained: Path, tmp_path: Path) -> None:
+    done = run("train.py", "--epochs", 3, "--val-size", 400, "--dropout-until", 0, "--out", tmp_path)
     lines = done.stdout.splitlines()
     assert lines[:2] == ["Epoch 1", "Learning rate: 0.015000"]
     assert re.fullmatch(r"Train Loss: \d\.\d{4} \| Accuracy: \d+\.\d\d%", lines[2])
@@ -212,15 +206,7 @@ def test_train_logs_in_the_specifications_format_and_learns(run, tmp_path: Path)
     assert checkpoint["epoch"] == 3 and checkpoint["recipe"]["weight_decay"] == 1e-4
     assert checkpoint["versions"]["torch"] == torch.__version__
     assert (tmp_path / "model.pt").stat().st_size < 100_000
-
-
-def test_the_same_command_gives_the_same_bits_and_resume_ends_in_them(call, trained: Path, tmp_path: Path) -> None:
-    flags = ("--epochs", 3, "--val-size", 400, "--dropout-until", 0, "--out", tmp_path)
-    call("train.py", *flags)
-    assert_same_bits(trained / "model.pt", tmp_path / "model.pt")
-    out, _ = call("train.py", "--resume", "--out", tmp_path)
-    assert f"{tmp_path} is finished" in out and "Final Test Accuracy" in out
-    assert_same_bits(trained / "model.pt", tmp_path / "model.pt")
+    assert_same_bits(trained / "model.pt", tmp_path / "model.pt")  # which the same command wrote
 
 
 def assert_same_bits(a: Path, b: Path) -> None:
@@ -232,10 +218,14 @@ def assert_same_bits(a: Path, b: Path) -> None:
 
 
 def test_resume_keeps_the_recipe(call, refuse, trained: Path, tmp_path: Path) -> None:
+    """And of a finished run it says so, and measures again."""
     shutil.copytree(trained, tmp_path / "out")
+    (tmp_path / "out" / "model.pt").unlink()
     for flags in (("--epochs", 4), ("--dropout", 0, 0, 0, 0), ("--teacher", RELEASED), ("--seed", 1)):
         refuse("train.py", "--resume", *flags, "--out", tmp_path / "out", words=[flags[0], "--resume keeps it"])
-    call("train.py", "--resume", "--epochs", 3, "--val-size", 400, "--out", tmp_path / "out")
+    out, _ = call("train.py", "--resume", "--epochs", 3, "--val-size", 400, "--out", tmp_path / "out")
+    assert f"{tmp_path / 'out'} is finished" in out and "Final Test Accuracy" in out
+    assert_same_bits(trained / "model.pt", tmp_path / "out" / "model.pt")
     call("train.py", "--resume", "--epochs", 1, "--out", tmp_path / "new")  # nothing there yet: a start
 
 
@@ -276,9 +266,9 @@ def test_foreign_shapes_are_on_by_themselves_only_for_mnists_own_images(call, ti
 # --- several runs ----------------------------------------------------------------------------------------------------
 
 
-def test_runs_are_those_of_single_commands_and_are_reported(run, call, tiny: Path, tmp_path: Path) -> None:
+def test_runs_are_those_of_single_commands_and_are_reported(call, tiny: Path, tmp_path: Path) -> None:
     several = ("--runs", 2, "--seed", 3, "--epochs", 1, "--val-size", 100, "--data-dir", tiny)
-    printed = run("train.py", *several, "--out", tmp_path / "two").stdout
+    printed, _ = call("train.py", *several, "--out", tmp_path / "two")
     call("train.py", "--seed", 4, "--epochs", 1, "--val-size", 100, "--data-dir", tiny, "--out", tmp_path / "one")
     assert_same_bits(tmp_path / "one" / "model.pt", tmp_path / "two" / "seed-4" / "model.pt")
     assert "Epoch 1" in (tmp_path / "two" / "seed-4" / "log.txt").read_text()
@@ -293,18 +283,18 @@ def test_runs_are_those_of_single_commands_and_are_reported(run, call, tiny: Pat
     assert f"{report['ensemble_test_accuracy']:.2f}%" in printed.splitlines()[-1]
 
 
-def test_folds_fail_by_name_and_resume_with_the_rest(run, tiny: Path, tmp_path: Path) -> None:
-    folds = ("--folds", 3, "--jobs", 2, "--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
-    (tmp_path / "fold-2").mkdir()
-    (tmp_path / "fold-2" / "last.pt").write_text("no checkpoint")
-    failed = run("train.py", *folds, "--resume", status=2)
-    assert failed.stderr.splitlines()[-1].startswith("train.py: error: fold-2 failed")
-    assert (tmp_path / "fold-3" / "model.pt").exists() and not (tmp_path / "runs.json").exists()
-    (tmp_path / "fold-2" / "last.pt").unlink()
-    run("train.py", *folds, "--resume")
-    assert "fold-1 is finished" in (tmp_path / "fold-1" / "log.txt").read_text()
+def test_folds_fail_by_name_and_resume_with_the_rest(call, tiny: Path, tmp_path: Path) -> None:
+    folds = ("--folds", 2, "--jobs", 1, "--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
+    (tmp_path / "fold-1").mkdir()
+    (tmp_path / "fold-1" / "last.pt").write_text("no checkpoint")
+    _, err = call("train.py", *folds, "--resume", status=2)
+    assert err.splitlines()[-1].startswith("train.py: error: fold-1 failed")
+    assert (tmp_path / "fold-2" / "model.pt").exists() and not (tmp_path / "runs.json").exists()
+    (tmp_path / "fold-1" / "last.pt").unlink()
+    call("train.py", *folds, "--resume")
+    assert "fold-2 is finished" in (tmp_path / "fold-2" / "log.txt").read_text()
     report = json.loads((tmp_path / "runs.json").read_text())
-    assert report["val_accuracy"]["n"] == 3 and "test_accuracy" not in report["runs"][0]
+    assert report["val_accuracy"]["n"] == 2 and "test_accuracy" not in report["runs"][0]
 
 
 def test_runs_of_different_recipes_have_no_common_figure(call, tiny: Path, tmp_path: Path) -> None:
