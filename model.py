@@ -93,15 +93,17 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     filters, and no pass over the large output remains. Everywhere else, and where a hook waits for one of the two
     (`torch.nn.utils.prune` works by such), they run as they stand: training and evaluation agree.
     """
-    plain = (
+    plain_conv = (
         type(conv) is nn.Conv2d
-        and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
-        and (conv.in_channels, conv.groups, conv.padding_mode, conv.bias is None) == (1, 1, "zeros", False)
-        and type(norm) is nn.BatchNorm2d
-        and (norm.affine, norm.track_running_stats, norm.momentum is None) == (True, True, False)
+        and conv.kernel_size == (3, 3) and conv.stride == conv.padding == conv.dilation == (1, 1)
+        and conv.in_channels == 1 and conv.padding_mode == "zeros" and conv.bias is not None
+    )  # fmt: skip
+    plain_norm = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
+    hooked = any(
+        layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
+        for layer in (conv, norm)
     )
-    hooked = any(layer._forward_pre_hooks or layer._forward_hooks for layer in (conv, norm))
-    if not plain or hooked or not norm.training or x.device.type != "cpu" or x.requires_grad:
+    if not (plain_conv and plain_norm) or hooked or not norm.training or x.device.type != "cpu" or x.requires_grad:
         return norm(conv(x))
 
     patch_mean, patch_cov = patch_statistics(x)

@@ -463,20 +463,22 @@ def main() -> int:
     if args.export:
         print(f"Wrote {args.export}: {EXPORTS[args.export.suffix](model, args.export)}")
         return 0
-    files = find_images(args.images or [])
-    if files:
+    status = 0
+    if args.images:
+        files = find_images(args.images)
         results = read_images(model, files)
+        status = int(len(results["images"]) < len(files))  # 1 if some could not be read
     else:
         results = measure(model, utils.load_mnist(args.data_dir, train=False, device=device))
     if args.json == "-":
         print(json.dumps(results, indent=2))
-    elif files:
+    elif args.images:
         print_images(results)
     else:
         print_report(args.checkpoint, results)
     if args.json not in (None, "-"):
         utils.write_json(Path(args.json), results)
-    return int(files != [] and len(results["images"]) < len(files))
+    return status
 
 
 if __name__ == "__main__":

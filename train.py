@@ -87,8 +87,9 @@ def choose_recipe(given: dict[str, Any], resumed: Path | None) -> Recipe:
     """The recipe with the flags `given`, or that of the checkpoint `resumed`; UserError if the two disagree."""
     if resumed is None:
         return Recipe(**given)
+    checkpoint = utils.load_checkpoint(resumed)
     try:
-        recipe = Recipe(**utils.load_checkpoint(resumed)["recipe"])
+        recipe = Recipe(**checkpoint["recipe"])
     except (TypeError, UserError) as error:
         raise UserError(f"{resumed} cannot be resumed, its recipe is damaged or of another version: {error}") from error
     for name, value in given.items():
@@ -161,7 +162,7 @@ class Recipe:
 
     @property
     def augmentation(self) -> Augmentation:
-        """The settings that it is made of."""
+        """The five ranges, as `Loader` takes them."""
         return Augmentation(self.rotation, self.scale, self.translate, self.shear, self.elastic)
 
     def __post_init__(self) -> None:
@@ -207,8 +208,8 @@ def run_once(args: argparse.Namespace, recipe: Recipe, resumed: Path | None) -> 
         raise UserError(f"--teacher: this run would overwrite its teacher in {out}; choose another --out")
     everything = utils.load_mnist(args.data_dir, train=True, device=device)
     data_crc = zlib.crc32(everything.images.cpu().numpy())
-    given = "foreign" in args  # which has those flags of the recipe only that were typed
-    if not (resumed or given) and data_crc != utils.MNIST_CRC32:
+    typed = hasattr(args, "foreign")  # of the recipe's flags, `args` has only those
+    if not (resumed or typed) and data_crc != utils.MNIST_CRC32:
         recipe = replace(recipe, foreign=0.0)
     train_split, val_split = split_off(everything, recipe)
     train_split = utils.draw_foreign_shapes(train_split, recipe.foreign, recipe.seed)
@@ -247,13 +248,13 @@ def split_off(everything: Split, recipe: Recipe) -> tuple[Split, Split | None]:
 
 @dataclass
 class Run:
-    """What changes from step to step, and what last.pt must hold; each epoch seeds its own random numbers."""
+    """The state of a run, as last.pt holds it; each epoch seeds its own random numbers."""
 
     model: Net
     average: utils.WeightAverage
     optimizer: torch.optim.SGD
     history: list[dict[str, float]]
-    data_crc: int  # CRC32 of all training images
+    data_crc: int  # CRC32 of all training images, held out or not
 
     def momentum(self) -> dict[str, Tensor]:
         """The optimiser's momentum, by the names of the weights."""
@@ -426,7 +427,7 @@ def restore_state(run: Run, recipe: Recipe, path: Path) -> None:
         if not (numbers and last_metrics(run.history) and len(run.history) == checkpoint["epoch"] <= recipe.epochs):
             raise ValueError("history")
     except Exception as error:  # a spoilt state makes PyTorch raise nearly anything
-        raise UserError(f"{path} cannot be resumed: its training state is damaged ({error!r:.200})") from error
+        raise UserError(f"{path} is of another network than this model.py, or damaged ({error!r:.200})") from error
     if trained_on != run.data_crc:
         raise UserError(f"{path} was trained on other images; give the --data-dir of that run, or another --out")
 

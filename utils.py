@@ -34,7 +34,7 @@ except ImportError:  # Windows: two trainings into one --out are not refused the
 ROOT = Path(__file__).resolve().parent
 IMAGE_SIZE = 28
 STD = 0.3081  # of the 60,000 training images, scaled to 0..1
-MNIST_CRC32 = 4083391318  # of the same
+MNIST_CRC32 = 4083391318  # of the same, as uint8; other images get no foreign shapes unless asked for
 MAX_IMAGES = 1_000_000  # more than any data set in MNIST's format has
 MAX_WIDTH = 32
 
@@ -609,7 +609,10 @@ def load_model(path: Path, device: torch.device) -> tuple[Net, dict[str, Any]]:
 
 
 def load_tensors(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Copy `values` into `targets`; ValueError unless names, shapes and types are the same and all numbers finite."""
+    """Copy `values` into `targets`, the tensors of a state_dict(); after an error, some may have been copied.
+
+    Raises ValueError unless names, shapes and types are the same and all numbers finite.
+    """
     if values.keys() != targets.keys():
         raise ValueError(f"{', '.join(sorted(values.keys() ^ targets.keys())[:3])} in one of them only")
     for name, target in targets.items():

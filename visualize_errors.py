@@ -96,13 +96,12 @@ def read_history(path: Path) -> list[dict[str, float]]:
     try:
         history = json.loads(path.read_text(encoding="utf-8"))
         needed = {"epoch", "learning_rate", "train_loss", "train_accuracy", *history[-1]}
-        sound = all(math.isfinite(entry[name]) for entry in history for name in needed)
+        if not all(math.isfinite(entry[name]) for entry in history for name in needed):
+            raise ValueError("not finite")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, TypeError, LookupError):
-        sound = False
-    if not sound:
-        raise UserError(f"{path} is damaged or not a history of train.py; delete it or train again")
+    except (ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{path} is damaged or not a history of train.py; delete it or train again") from error
     return history
 
 
@@ -204,7 +203,7 @@ def plot_errors(reading: Reading, limit: int) -> Figure:
     shown = reading.mistakes()[:limit].tolist()
     figure, axes = sheet(
         reading.summary(),
-        f"{len(shown):,} of them, the most confident first: true label → prediction, and the confidence in it",
+        f"The {len(shown):,} most confident mistakes: true label → prediction, and the confidence in it",
         rows=max(1, math.ceil(len(shown) / 10)), columns=10, panel=0.95, gap=(0.14, 0.3),
     )  # fmt: skip
     for axis, i in zip(axes.flat, shown):

@@ -157,6 +157,15 @@ def test_hooks_fire_on_every_layer(training: bool) -> None:
     assert calls == {name for name, _ in model.named_modules()}
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")  # as the image needs no gradient
+def test_backward_hooks_fire_on_every_layer() -> None:
+    model, calls = Net(), set()
+    for name, module in model.named_modules():
+        module.register_full_backward_hook(lambda *_, name=name: calls.add(name))
+    model(torch.rand(8, 1, 28, 28)).sum().backward()
+    assert calls == {name for name, _ in model.named_modules()}
+
+
 def test_the_shortcut_is_taken_once_in_training_and_never_else(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = network.patch_statistics
