@@ -28,7 +28,7 @@ MAINS = {"train.py": train.main, "test_model.py": test_model.main, "visualize_er
 
 
 @functools.lru_cache
-def mnist(train: bool) -> utils.Split:
+def mnist(*, train: bool) -> utils.Split:  # by name only: the cache tells mnist(True) from mnist(train=True)
     """The repository's own MNIST; not to be changed in place."""
     return utils.load_mnist(ROOT / "data", train, CPU)
 
@@ -50,7 +50,7 @@ def write_mnist(folder: Path, train: int, test: int) -> Path:
     """The first `train` and `test` digits of MNIST, in a folder for --data-dir."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, count in (("train", train), ("t10k", test)):
-        split = mnist(part == "train")
+        split = mnist(train=part == "train")
         (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(split.images[:count, 0].numpy()))
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(split.labels[:count].numpy()))
     return folder

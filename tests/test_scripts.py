@@ -50,7 +50,8 @@ def test_the_released_network_is_readmes() -> None:
     """Within two digits: processors differ in the last bits."""
     model = load_pretrained()
     assert not model.training and count_parameters(model) == 16_966
-    errors = int((utils.predict(model, mnist(train=False)).argmax(1) != mnist(train=False).labels).sum())
+    test = mnist(train=False)
+    errors = int((utils.predict(model, test).argmax(1) != test.labels).sum())
     (readme,) = re.findall(r"Test accuracy: .*\((\d+) errors in 10,000\)", (ROOT / "README.md").read_text("utf-8"))
     assert abs(errors - int(readme)) <= 2
     assert RELEASED.stat().st_size < 100_000
