@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,19 +15,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+IMAGE_SIZE = 28  # pixels a side
+CLASSES = 10
+MAX_WIDTH = 32
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 ADAPTIVE_POOLS = {"avg": nn.AdaptiveAvgPool2d, "max": nn.AdaptiveMaxPool2d}
 
 
 class Net(nn.Module):
-    """The specification's 4-block CNN for MNIST. Input float (N, 1, 28, 28), output logits (N, 10).
+    """The specification's 4-block CNN for MNIST. Input float (N, 1, 28, 28), ink 1 on paper 0; output logits (N, 10).
 
     Args:
-        width: multiplies every hidden layer's width; 1 is the network of 16,966 parameters, wider ones are teachers.
+        width: multiplies every hidden layer's width, 1 to 32; 1 is the network of 16,966 parameters.
         activation: "silu" (Elfwing et al., 2018) or "relu".
         adaptive_pool: "max" or "avg", to 3x3 whatever the size before.
         dropout: rates of the four blocks.
         fc_dropout: rate between the two linear layers.
+
+    Raises ValueError for a width out of range.
     """
 
     def __init__(
@@ -38,6 +44,8 @@ class Net(nn.Module):
         fc_dropout: float = 0.4,
     ) -> None:
         super().__init__()
+        if not 1 <= width <= MAX_WIDTH:
+            raise ValueError(f"width {width} is not from 1 to {MAX_WIDTH}")
         self.architecture = {"width": width, "activation": activation, "adaptive_pool": adaptive_pool}
         act = ACTIVATIONS[activation]
         p1, p2, p3, p4 = dropout
@@ -50,19 +58,13 @@ class Net(nn.Module):
         self.pool = ADAPTIVE_POOLS[adaptive_pool](3)
         self.fc1 = nn.Linear(12 * width * 3 * 3, 72 * width)
         self.act = act()
-        self.dropout = Dropout(fc_dropout)
-        self.fc2 = nn.Linear(72 * width, 10)
+        self.dropout = nn.Dropout(fc_dropout)
+        self.fc2 = nn.Linear(72 * width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.blocks(x)).flatten(1)
         x = self.dropout(self.act(self.fc1(x)))
         return self.fc2(x)
-
-    def scale_dropout(self, factor: float) -> None:
-        """Drop at `factor` (0 to 1) times the rates given to the constructor."""
-        for module in self.modules():
-            if isinstance(module, Dropout):
-                module.factor = factor
 
 
 class Block(nn.Module):
@@ -78,20 +80,144 @@ class Block(nn.Module):
         self.norm = nn.BatchNorm2d(c_out)
         self.pool = pool
         self.act = act
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = conv_norm(self.conv, self.norm, x)
+        x = conv_norm(self.conv, self.norm, x)  # norm(conv(x)), in block 1 by a shortcut: the end of this file
         return self.dropout(self.act(self.pool(x)))
+
+
+def load_pretrained() -> Net:
+    """The released network, `assets/mnist_cnn.pt`, in eval mode on the CPU.
+
+    Its input is float (N, 1, 28, 28), ink 1 on paper 0, as `torchvision.transforms.ToTensor` makes it of MNIST: the
+    digit fits 20 x 20 pixels, its centre of mass in the middle. Its output is logits (N, 10).
+    """
+    path = Path(__file__).resolve().parent / "assets" / "mnist_cnn.pt"
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    model = Net(**checkpoint["architecture"])
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layer table
+
+
+class Layer(NamedTuple):
+    """One row of the table; sizes are (C, H, W) or (features,), `rf` (receptive field) and jumps in input pixels."""
+
+    name: str
+    input_size: tuple[int, ...]
+    output_size: tuple[int, ...]
+    rf: int | None
+    jump_in: int | None
+    jump_out: int | None
+    parameters: tuple[int, ...]
+    macs: int
+
+
+def layer_table(model: nn.Module) -> list[Layer]:
+    """Run one blank image through `model` and describe each layer in the order of execution.
+
+    Receptive fields by r_out = r_in + (k - 1) * jump_in and jump_out = stride * jump_in
+    (Araujo et al., "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019), as far as each
+    layer's input is of the size of the output before: they are None behind a branch of another size.
+    Activations, dropout and Identity have no row: they change neither size nor field.
+    """
+    image = (1, IMAGE_SIZE, IMAGE_SIZE)
+    rows = [Layer("Input", image, image, 1, 1, 1, (), 0)]
+    kinds: list[str] = []
+
+    def describe(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        kind = layer_kind(module)
+        kinds.append(kind)
+        size_in, size_out = tuple(inputs[0].shape[1:]), tuple(output.shape[1:])
+        before, rf, jump_in, jump_out = rows[-1], None, None, None
+        if len(size_in) == 3 and size_in == before.output_size and before.rf:
+            kernel, stride = kernel_and_stride(module, size_in[1], size_out[1])
+            jump_in = before.jump_out
+            rf, jump_out = before.rf + (kernel - 1) * jump_in, stride * jump_in
+        parameters = tuple(p.numel() for p in module.parameters())
+        macs = 0
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            macs = module.weight.numel() * output[0].numel() // output.shape[1]
+        if kind.endswith("Norm"):
+            parameters = (sum(parameters),)
+        name = kind if kind == "AdaptivePool" else f"{kind}{kinds.count(kind)}"
+        rows.append(Layer(name, size_in, size_out, rf, jump_in, jump_out, parameters, macs))
+
+    layers = [
+        m for m in model.modules() if not list(m.children()) and (hasattr(m, "weight") or "Pool" in type(m).__name__)
+    ]
+    hooks = [layer.register_forward_hook(describe) for layer in layers]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        model(next(model.parameters()).new_zeros(1, *image))
+    model.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+def layer_kind(module: nn.Module) -> str:
+    """What the table calls `module`: Conv, BatchNorm, MaxPool, AdaptivePool, FC."""
+    name = type(module).__name__.replace("2d", "")
+    if name.startswith("Adaptive"):
+        return "AdaptivePool"
+    return "FC" if name == "Linear" else name
+
+
+def kernel_and_stride(module: nn.Module, size_in: int, size_out: int) -> tuple[int, int]:
+    """How wide a window `module` slides over its input, and how far; adaptive pooling's follow from the sizes."""
+    if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
+        starts = [i * size_in // size_out for i in range(size_out)]
+        ends = [-(-(i + 1) * size_in // size_out) for i in range(size_out)]
+        return max(end - start for start, end in zip(starts, ends)), size_in // size_out
+
+    def side(name: str) -> int:
+        value = getattr(module, name, 1)
+        return value if isinstance(value, int) else value[0]
+
+    return side("dilation") * (side("kernel_size") - 1) + 1, side("stride")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def format_table(rows: list[Layer]) -> str:
+    """The layer table as Markdown, aligned for the terminal, in the specification's columns."""
+
+    def size(shape: tuple[int, ...]) -> str:
+        return f"{shape[1]}x{shape[2]}x{shape[0]}" if len(shape) == 3 else str(shape[0])
+
+    def cell(value: int | None) -> str:
+        return "-" if value is None else str(value)
+
+    lines = [("Layer", "Input Size", "Output Size", "RF", "Jump In", "Jump Out", "Parameters")]
+    for row in rows:
+        parameters = " + ".join(f"{p:,}" for p in row.parameters) or "0"
+        numbers = [cell(value) for value in (row.rf, row.jump_in, row.jump_out)]
+        lines.append((row.name, size(row.input_size), size(row.output_size), *numbers, parameters))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, tuple("-" * width for width in widths))
+    return "\n".join("| " + " | ".join(text.ljust(w) for text, w in zip(line, widths)) + " |" for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The shortcut. On a CPU, batch normalisation of block 1's large output costs more than its convolution. Its statistics
+# follow from the image's 3x3 patches, before the convolution: for patches of mean m and covariance C, a filter w gives
+# outputs of mean w.m + bias and variance w.C.w. So normalisation scales the filters, and a training step takes four
+# fifths of the time. Everywhere else the two layers run as they stand: training and evaluation agree.
 
 
 def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """`norm(conv(x))`, at half of the cost where a plain 3x3 convolution of the image itself is trained on a CPU.
 
-    There the batch statistics follow from the image's 3x3 patches, before the convolution: for patches of mean m
-    and covariance C, a filter w gives outputs of mean w.m + bias and variance w.C.w. So normalisation scales the
-    filters, and no pass over the large output remains. Everywhere else, and where a hook waits for one of the two
-    (`torch.nn.utils.prune` works by such), they run as they stand: training and evaluation agree.
+    Where a hook waits for one of the two layers (`torch.nn.utils.prune` works by such), they run as they stand.
     """
     plain_conv = (
         type(conv) is nn.Conv2d
@@ -131,139 +257,15 @@ def patch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, second_moment - mean.outer(mean)
 
 
-class Dropout(nn.Dropout):
-    """Dropout (Srivastava et al., 2014) at the rate `p`, times a `factor` that falls while training."""
-
-    factor = 1.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.p * self.factor, self.training)
-
-
-def load_pretrained() -> Net:
-    """The released network, `assets/mnist_cnn.pt`, in eval mode on the CPU.
-
-    Its input is float (N, 1, 28, 28): bright ink on black, 0 to 1, in MNIST's framing (the digit fits 20 x 20
-    pixels, its centre of mass in the middle), divided by 0.3081 with no mean subtracted. Its output is logits (N, 10).
-    """
-    path = Path(__file__).resolve().parent / "assets" / "mnist_cnn.pt"
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    model = Net(**checkpoint["architecture"])
-    model.load_state_dict(checkpoint["model"])
-    return model.eval()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The layer table
-
-
-class Layer(NamedTuple):
-    """One row of the table; sizes are (C, H, W) or (features,), `rf` (receptive field) and jumps in input pixels."""
-
-    name: str
-    input_size: tuple[int, ...]
-    output_size: tuple[int, ...]
-    rf: int | None
-    jump_in: int | None
-    jump_out: int | None
-    parameters: tuple[int, ...]
-    macs: int
-
-
-def layer_table(model: Net) -> list[Layer]:
-    """Run one blank image through `model` and describe each layer in the order of execution.
-
-    Receptive fields by r_out = r_in + (k - 1) * jump_in and jump_out = stride * jump_in
-    (Araujo et al., "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019).
-    Activations, dropout and Identity have no row: they change neither size nor field.
-    """
-    rows = [Layer("Input", (1, 28, 28), (1, 28, 28), 1, 1, 1, (), 0)]
-    kinds: list[str] = []
-
-    def describe(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        kind = layer_kind(module)
-        kinds.append(kind)
-        size_in, size_out = tuple(inputs[0].shape[1:]), tuple(output.shape[1:])
-        rf = jump_in = jump_out = None
-        if len(size_in) == 3:
-            kernel, stride = window(module, size_in[1], size_out[1])
-            jump_in = rows[-1].jump_out
-            rf, jump_out = rows[-1].rf + (kernel - 1) * jump_in, stride * jump_in
-        parameters = tuple(p.numel() for p in module.parameters())
-        macs = 0
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            macs = module.weight.numel() * output[0].numel() // output.shape[1]
-        if kind.endswith("Norm"):
-            parameters = (sum(parameters),)
-        name = kind if kind == "AdaptivePool" else f"{kind}{kinds.count(kind)}"
-        rows.append(Layer(name, size_in, size_out, rf, jump_in, jump_out, parameters, macs))
-
-    layers = [
-        m for m in model.modules() if not list(m.children()) and (hasattr(m, "weight") or "Pool" in type(m).__name__)
-    ]
-    hooks = [layer.register_forward_hook(describe) for layer in layers]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        model(next(model.parameters()).new_zeros(1, 1, 28, 28))
-    model.train(was_training)
-    for hook in hooks:
-        hook.remove()
-    return rows
-
-
-def layer_kind(module: nn.Module) -> str:
-    """What the table calls `module`: Conv, BatchNorm, MaxPool, AdaptivePool, FC."""
-    name = type(module).__name__.replace("2d", "")
-    if name.startswith("Adaptive"):
-        return "AdaptivePool"
-    return "FC" if name == "Linear" else name
-
-
-def window(module: nn.Module, size_in: int, size_out: int) -> tuple[int, int]:
-    """Kernel and stride with which `module` slides over its input; adaptive pooling's follow from the sizes."""
-    if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
-        starts = [i * size_in // size_out for i in range(size_out)]
-        ends = [-(-(i + 1) * size_in // size_out) for i in range(size_out)]
-        return max(end - start for start, end in zip(starts, ends)), size_in // size_out
-
-    def side(name: str) -> int:
-        value = getattr(module, name, 1)
-        return value if isinstance(value, int) else value[0]
-
-    return side("dilation") * (side("kernel_size") - 1) + 1, side("stride")
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def format_table(rows: list[Layer]) -> str:
-    """The layer table as Markdown, aligned for the terminal, in the specification's columns."""
-
-    def size(shape: tuple[int, ...]) -> str:
-        return f"{shape[1]}x{shape[2]}x{shape[0]}" if len(shape) == 3 else str(shape[0])
-
-    def cell(value: int | None) -> str:
-        return "-" if value is None else str(value)
-
-    lines = [("Layer", "Input Size", "Output Size", "RF", "Jump In", "Jump Out", "Parameters")]
-    for row in rows:
-        parameters = " + ".join(f"{p:,}" for p in row.parameters) or "0"
-        numbers = [cell(value) for value in (row.rf, row.jump_in, row.jump_out)]
-        lines.append((row.name, size(row.input_size), size(row.output_size), *numbers, parameters))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, tuple("-" * width for width in widths))
-    return "\n".join("| " + " | ".join(text.ljust(w) for text, w in zip(line, widths)) + " |" for line in lines)
-
-
 def main() -> None:
+    argparse.ArgumentParser(description="Print the layer table of the network. Takes no flags.").parse_args()
     model = Net()
     rows = layer_table(model)
     print(format_table(rows))
     print(f"\nParameters:           {count_parameters(model):>9,}")
     print(f"Multiply-accumulates: {sum(row.macs for row in rows):>9,} per image")
+    if any(row.rf is None for row in rows if len(row.input_size) == 3):
+        print("RF and jumps end where a layer's input is not the output of the row above: they follow no branches.")
 
 
 if __name__ == "__main__":

@@ -20,48 +20,30 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, ImageStat
 from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import utils
-from model import Block, Net, count_parameters, window
-from utils import IMAGE_SIZE, Split, UserError
+from model import ACTIVATIONS, ADAPTIVE_POOLS, CLASSES, IMAGE_SIZE, Net, count_parameters, kernel_and_stride
+from utils import SPLITS, Split, UserError
 
 PAGE = Path(__file__).resolve().parent / "assets" / "draw.html"
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Test accuracy of a checkpoint, or the digits it reads in your images."
-    )
-    utils.add_common_flags(parser)
-    utils.add_checkpoint_flag(parser)
-    add = parser.add_argument
-    add("--json", metavar="PATH", help="also write the results as JSON; - writes them, and nothing else, to stdout")
-    add("--images", type=Path, nargs="+", metavar="PATH",
-        help="read these images, or folders of images, one handwritten digit each, not the test set")  # fmt: skip
-    add("--export", type=Path, metavar="FILE",
-        help="write the network to FILE instead: as ONNX (.onnx), or as a page to draw digits on (.html)")  # fmt: skip
-    args = parser.parse_args()
-    if args.export and (args.images or args.json):
-        raise UserError("--export goes with neither --images nor --json")
-    if args.export and args.export.suffix not in EXPORTS:
-        raise UserError(f"--export {args.export}: the name must end in {' or '.join(EXPORTS)}")
-    return args
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The test set
+# A split
 
 
-def measure(model: Net, test: Split) -> dict[str, Any]:
-    """Everything that is reported of `model` on `test`, ready for JSON."""
-    logits = utils.predict(model, test)
-    confusion = utils.confusion_matrix(logits.argmax(1), test.labels)
+def measure(model: Net, split: Split) -> dict[str, Any]:
+    """Everything that is reported of `model` on `split`, ready for JSON; shares are from 0 to 1."""
+    logits = utils.predict(model, split.images)
+    confusion = utils.confusion_matrix(logits.argmax(1), split.labels)
+    count, right = len(split.labels), int(confusion.trace())
     return {
-        **utils.scores("test", logits, test.labels),
-        "count": len(test.labels),
-        "errors": int(confusion.sum() - confusion.trace()),
+        "accuracy": right / count,
+        "loss": F.cross_entropy(logits, split.labels).item(),
+        "count": count,
+        "errors": count - right,
         "parameters": count_parameters(model),
         "digits": by_digit(confusion),
         "confusion_matrix": confusion.tolist(),
@@ -79,24 +61,30 @@ def by_digit(confusion: Tensor) -> list[dict[str, Any]]:
             "precision": right[digit] / claimed[digit] if claimed[digit] else None,
             "recall": right[digit] / count[digit] if count[digit] else None,
         }
-        for digit in range(10)
+        for digit in range(CLASSES)
     ]
 
 
-def print_report(path: Path, results: dict[str, Any]) -> None:
+def print_report(path: Path, split: str, results: dict[str, Any]) -> None:
     """The results as a person reads them."""
-    print(f"Checkpoint:     {path}")
-    print(f"Parameters:     {results['parameters']:,}")
-    print(f"Test accuracy:  {results['test_accuracy']:.2f}%  ({results['errors']} errors in {results['count']:,})")
-    print(f"Test loss:      {results['test_loss']:.4f}")
+    name = SPLITS[split].capitalize()
+    rows = {
+        "Checkpoint": path,
+        "Parameters": f"{results['parameters']:,}",
+        f"{name} accuracy": f"{results['accuracy']:.2%}  ({results['errors']} errors in {results['count']:,})",
+        f"{name} loss": f"{results['loss']:.4f}",
+    }
+    width = max(map(len, rows)) + 1
+    for row, value in rows.items():
+        print(f"{row + ':':{width}}  {value}")
 
     print("\nDigit  Count  Errors  Precision  Recall")
     for row in results["digits"]:
-        precision, recall = (f"{100 * row[k]:.2f}%" if row[k] is not None else "-" for k in ("precision", "recall"))
+        precision, recall = (f"{row[k]:.2%}" if row[k] is not None else "-" for k in ("precision", "recall"))
         print(f"{row['digit']:5d}  {row['count']:5d}  {row['errors']:6d}  {precision:>9}  {recall:>7}")
 
     print("\nConfusion matrix (row: true digit, column: prediction, . for none)")
-    print("   " + "".join(f"{digit:6d}" for digit in range(10)))
+    print("   " + "".join(f"{digit:6d}" for digit in range(CLASSES)))
     for digit, row in enumerate(results["confusion_matrix"]):
         print(f"{digit:3d}" + "".join(f"{count or '.':>6}" for count in row))
 
@@ -132,7 +120,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def read_digit(path: Path) -> tuple[Image.Image, Tensor]:
+def read_digit(path: str | Path) -> tuple[Image.Image, Tensor]:
     """The image at `path`, RGB and at most 512 pixels a side, and its digit prepared, uint8 (28, 28), ink 255 on 0.
 
     Raises UserError, one line naming the file, for what cannot be read, is blank, too small or too large.
@@ -193,9 +181,9 @@ def fit_within(image: Tensor, side: int) -> Tensor:
     return resize(image, *(max(1, round(n * side / max(image.shape))) for n in image.shape))
 
 
-def dilate(image: Tensor, window: int) -> Tensor:
-    """The maximum of (H, W) over a square of `window` pixels, an odd number, around each pixel."""
-    return F.max_pool2d(image[None, None], window, 1, window // 2)[0, 0]
+def dilate(image: Tensor, side: int) -> Tensor:
+    """The maximum of (H, W) over a square of `side` pixels, an odd number, around each pixel."""
+    return F.max_pool2d(image[None, None], side, 1, side // 2)[0, 0]
 
 
 def crop(image: Tensor, mask: Tensor) -> Tensor:
@@ -245,8 +233,8 @@ def cut_out(depth: Tensor) -> Tensor:
     overview = fit_within(depth, OVERVIEW_SIZE)
     if overview.max() < MIN_CONTRAST:
         raise ValueError("blank, no ink found")
-    window = resize(select_digit(overview), *depth.shape)
-    digit = fit_within(crop(depth * window, window > 0), ZOOM * (DIGIT_SIZE + 4))
+    place = resize(select_digit(overview), *depth.shape)
+    digit = fit_within(crop(depth * place, place > 0), ZOOM * (DIGIT_SIZE + 4))
     full = digit[digit > 0.4 * digit.max()].quantile(0.6)  # the middle of a stroke
     ink = (2 * digit / full - 0.5).clamp(0, 1)
     return crop(ink, ink > 0.5)
@@ -302,8 +290,7 @@ def center(ink: Tensor) -> Tensor:
 def classify(model: nn.Module, digits: Tensor) -> Tensor:
     """Probabilities float (N, 10), on the CPU, of prepared digits uint8 (N, 28, 28)."""
     device = next(model.parameters()).device
-    no_labels = torch.zeros(len(digits), dtype=torch.long, device=device)
-    return utils.predict(model, Split(digits.unsqueeze(1).to(device), no_labels)).softmax(1).cpu()
+    return utils.predict(model, digits.unsqueeze(1).to(device)).softmax(1).cpu()
 
 
 def read_digits(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image, Tensor]]:
@@ -326,7 +313,7 @@ def read_images(model: Net, files: Sequence[Path]) -> dict[str, Any]:
     results: dict[str, Any] = {"images": images}
     right = [image["digit"] == image["label"] for image in images if "label" in image]
     if right:
-        results.update(accuracy=100 * sum(right) / len(right), right=sum(right), labelled=len(right))
+        results.update(accuracy=sum(right) / len(right), right=sum(right), labelled=len(right))
     return results
 
 
@@ -335,15 +322,21 @@ def print_images(results: dict[str, Any]) -> None:
     for image in results["images"]:
         print(f"{image['path']}\t{image['digit']}\t{image['confidence']:.4f}")
     if "accuracy" in results:
-        print(f"Accuracy: {results['accuracy']:.2f}% ({results['right']} of {results['labelled']})")
+        print(f"Accuracy: {results['accuracy']:.2%} ({results['right']} of {results['labelled']})")
 
 
 def describe(path: Path, probabilities: list[float]) -> dict[str, Any]:
     """What is reported of one image; the label is the name of its folder, where that is a digit."""
     confidence = max(probabilities)
-    digit, folder = probabilities.index(confidence), path.absolute().parent.name
-    label = {"label": int(folder)} if folder in set("0123456789") else {}
-    return {"path": str(path), "digit": digit, "confidence": confidence, "probabilities": probabilities, **label}
+    digit, label = probabilities.index(confidence), folder_label(path)
+    shares = {"confidence": confidence, "probabilities": probabilities}
+    return {"path": str(path), "digit": digit, **shares, **({} if label is None else {"label": label})}
+
+
+def folder_label(path: Path) -> int | None:
+    """The digit that the image's folder is named by, if it is."""
+    folder = path.absolute().parent.name
+    return int(folder) if folder in set("0123456789") else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,19 +353,31 @@ def export_onnx(model: Net, path: Path) -> str:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"--export needs the package {error.name}: pip install onnx onnxscript") from error
-    images = utils.normalize(torch.rand(3, 1, 28, 28))
-    exported = copy.deepcopy(model)
-    pool = nn.MaxPool2d if isinstance(model.pool, nn.AdaptiveMaxPool2d) else nn.AvgPool2d
-    side = model.blocks(images).shape[-1]
-    exported.pool = pool(*window(model.pool, side, 3))  # ONNX has no adaptive pooling
+    images = torch.rand(3, 1, IMAGE_SIZE, IMAGE_SIZE)
+    exported = without_adaptive_max_pools(model, images)
     if not torch.allclose(exported(images), model(images), atol=1e-5):
-        raise UserError(f"not exported: ONNX has no adaptive pooling from {side}x{side} to 3x3")
-    with utils.replacing(path) as temporary:
-        torch.onnx.export(
-            exported, (images,), str(temporary), opset_version=18, input_names=["image"], output_names=["logits"],
-            dynamic_shapes={"x": {0: torch.export.Dim("batch")}}, dynamo=True, external_data=False, verbose=False,
-        )  # fmt: skip
+        raise UserError("not exported: ONNX has no adaptive max pooling, and no fixed windows do the same here")
+    with utils.atomic_write(path) as temporary:
+        try:
+            torch.onnx.export(
+                exported, (images,), str(temporary), opset_version=18, input_names=["image"], output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, external_data=False, verbose=False,
+            )  # fmt: skip
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise UserError(f"not exported: torch.onnx cannot express this network: {error!s:.150}") from error
         return check_onnx(temporary, model, images)
+
+
+def without_adaptive_max_pools(model: nn.Module, images: Tensor) -> nn.Module:
+    """A copy of `model` with each adaptive max pool, which ONNX lacks, as a max pool with the same windows."""
+    exported, sizes = copy.deepcopy(model), {}
+    pools = {name: module for name, module in exported.named_modules() if isinstance(module, nn.AdaptiveMaxPool2d)}
+    for pool in pools.values():
+        pool.register_forward_hook(lambda pool, x, y: sizes.update({pool: (x[0].shape[-1], y.shape[-1])}))
+    exported(images)
+    for name, pool in pools.items():
+        exported.set_submodule(name, nn.MaxPool2d(*kernel_and_stride(pool, *sizes[pool])))
+    return exported
 
 
 def check_onnx(path: Path, model: Net, images: Tensor) -> str:
@@ -396,28 +401,30 @@ def export_page(model: Net, path: Path) -> str:
     """
     page = PAGE.read_bytes().decode()
     before, old, after = re.split(r'(?<=<script id="network" type="application/json">)(.*)(?=</script>)', page)
-    network = page_network(model, json.loads(old)["digit"])
-    with utils.replacing(path) as temporary:
+    network = page_network(model, page, json.loads(old)["digit"])
+    with utils.atomic_write(path) as temporary:
         temporary.write_bytes((before + json.dumps(network) + after).encode())
     return "open it in a browser"
 
 
-def page_network(model: Net, digit: str) -> dict[str, Any]:
-    """`model` as the page reads it: shapes, weights, and its logits for `digit`, 784 bytes in base64.
+def page_network(model: Net, page: str, digit: str) -> dict[str, Any]:
+    """`model` as `page` reads it: shapes, weights, and its logits for `digit`, 784 bytes in base64.
 
     Computed in float64, so that the rounded numbers do not depend on the processor. UserError as export_page.
     """
     model = copy.deepcopy(model).cpu().double().requires_grad_(False)
-    image = utils.normalize(torch.tensor(list(base64.b64decode(digit))).view(1, 1, 28, 28) / 255.0).double()
-    logits = model(image)
+    image = torch.tensor(list(base64.b64decode(digit))).view(1, 1, 28, 28).double() / 255
+    activation = model.architecture["activation"]
     try:
-        layers = [fold_norm(block) for block in model.blocks]
-        layers += [(layer.weight, layer.bias) for layer in (model.fc1, model.fc2)]
-        shapes = [list(weights.shape) for weights, _ in layers]
+        if f" {activation}: " not in re.search(r"const ACTIVATIONS = \{.*?\};", page, re.DOTALL)[0]:
+            raise ValueError(f"it has no activation {activation}; add it to ACTIVATIONS in assets/draw.html")
+        logits = model(image)
+        layers = [fuse_conv_bn_eval(block.conv, block.norm) for block in model.blocks] + [model.fc1, model.fc2]
+        shapes = [list(layer.weight.shape) for layer in layers]
         pools = [isinstance(block.pool, nn.MaxPool2d) for block in model.blocks]
-        numbers = torch.cat([part.flatten() for layer in layers for part in layer]).float().numpy()
+        numbers = torch.cat([part.flatten() for layer in layers for part in (layer.weight, layer.bias)]).float().numpy()
         network = {
-            "activation": model.architecture["activation"],
+            "activation": activation,
             "adaptive_pool": model.architecture["adaptive_pool"],
             "blocks": [{"shape": shape, "pool": pool} for shape, pool in zip(shapes, pools)],
             "fc1": {"shape": shapes[-2]},
@@ -427,39 +434,59 @@ def page_network(model: Net, digit: str) -> dict[str, Any]:
             "weights": base64.b64encode(numbers.astype("<f4").tobytes()).decode(),
         }
         difference = (forward_as_page(network, layers, image) - logits).abs().max().item()
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        if not difference < 1e-6:
+            raise ValueError(f"its logits would differ by {difference:.1e}")
+    except (AttributeError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{PAGE.name} cannot run this network: {error}") from error
-    if not difference < 1e-6:
-        raise UserError(f"{PAGE.name} cannot run this network: its logits would differ by {difference:.1e}")
     return network
 
 
-def fold_norm(block: Block) -> tuple[Tensor, Tensor]:
-    """Filters (C_out, C_in, k, k) and biases (C_out,) of one convolution that does what `block`'s and its norm do."""
-    scale = block.norm.weight / (block.norm.running_var + block.norm.eps).sqrt()
-    filters = block.conv.weight * scale.view(-1, 1, 1, 1)
-    return filters, (block.conv.bias - block.norm.running_mean) * scale + block.norm.bias
-
-
-def forward_as_page(network: dict[str, Any], layers: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
-    """What forward() in the page computes: images (N, 1, 28, 28) and each layer's weights and biases to logits."""
-    activate = {"relu": F.relu, "silu": F.silu}[network["activation"]]
-    adaptive_pool = {"avg": F.adaptive_avg_pool2d, "max": F.adaptive_max_pool2d}[network["adaptive_pool"]]
+def forward_as_page(network: dict[str, Any], layers: list[nn.Module], x: Tensor) -> Tensor:
+    """What forward() in the page computes: images (N, 1, 28, 28) and the layers' weights and biases to logits."""
+    activate = ACTIVATIONS[network["activation"]]()
     *convolutions, fc1, fc2 = layers
-    for block, (filters, biases) in zip(network["blocks"], convolutions):
-        x = F.conv2d(x, filters, biases, padding="same")
+    for block, conv in zip(network["blocks"], convolutions):
+        if block["shape"][2] % 2 == 0 or block["shape"][3] % 2 == 0:
+            raise ValueError("filters of an even size have no middle")
+        x = F.conv2d(x, conv.weight, conv.bias, padding="same")
         x = activate(F.max_pool2d(x, 2) if block["pool"] else x)
-    x = adaptive_pool(x, 3).flatten(1)
-    return F.linear(activate(F.linear(x, *fc1)), *fc2)
+    x = ADAPTIVE_POOLS[network["adaptive_pool"]](3)(x).flatten(1)
+    return fc2(activate(fc1(x)))
 
 
 EXPORTS = {".onnx": export_onnx, ".html": export_page}  # by the file's ending
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Test accuracy of a checkpoint, or the digits it reads in your images."
+    )
+    utils.add_common_flags(parser)
+    utils.add_checkpoint_flags(parser)
+    add = parser.add_argument
+    add("--json", metavar="PATH",
+        help="also write the results as JSON, all shares from 0 to 1; - writes only that, to stdout")  # fmt: skip
+    add("--images", type=Path, nargs="+", metavar="PATH",
+        help="read these images, or folders of images, one handwritten digit each, instead of a split")  # fmt: skip
+    add("--export", type=Path, metavar="FILE",
+        help="write the network to FILE instead: as ONNX (.onnx), or as a page to draw digits on (.html)")  # fmt: skip
+    args = parser.parse_args()
+    if args.export and (args.images or args.json):
+        raise UserError("--export goes with neither --images nor --json")
+    if args.export and args.export.suffix not in EXPORTS:
+        raise UserError(f"--export {args.export}: the name must end in {' or '.join(EXPORTS)}")
+    return args
+
+
 def main() -> int:
     args = parse_args()
     device = torch.device("cpu") if args.export else utils.choose_device(args.device)
-    model, _ = utils.load_model(args.checkpoint, device)
+    model, checkpoint = utils.load_model(args.checkpoint, device)
     if args.export:
         print(f"Wrote {args.export}: {EXPORTS[args.export.suffix](model, args.export)}")
         return 0
@@ -469,13 +496,14 @@ def main() -> int:
         results = read_images(model, files)
         status = int(len(results["images"]) < len(files))  # 1 if some could not be read
     else:
-        results = measure(model, utils.load_mnist(args.data_dir, train=False, device=device))
+        split = utils.load_split(args.split, args.data_dir, checkpoint, device)
+        results = {"split": args.split, **measure(model, split)}
     if args.json == "-":
         print(json.dumps(results, indent=2))
     elif args.images:
         print_images(results)
     else:
-        print_report(args.checkpoint, results)
+        print_report(args.checkpoint, args.split, results)
     if args.json not in (None, "-"):
         utils.write_json(Path(args.json), results)
     return status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import os
 import statistics
@@ -10,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Callable
@@ -18,96 +20,27 @@ from typing import Any, Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import utils
-from model import ACTIVATIONS, ADAPTIVE_POOLS, Net
+from model import ACTIVATIONS, ADAPTIVE_POOLS, IMAGE_SIZE, MAX_WIDTH, Net, count_parameters
 from utils import Augmentation, Loader, Split, UserError, at_least
 
-PLAIN_EVERY = 12  # the averaged network's normalisations are measured on one training image in so many
+try:
+    import fcntl
+except ImportError:  # Windows: two trainings into one --out are not refused there
+    fcntl = None
+
+PLAIN_EVERY = 12  # one in 12 training images measures the averaged network's normalisation
 CHECK_EVERY = 50  # steps between two looks at the loss, each of which makes a GPU wait
 TITLES = {"val_accuracy": "Validation Accuracy", "test_accuracy": "Test Accuracy"}
 
 
-def main() -> int:
-    args, given = parse_args()
-    if not args.dry_run:
-        return start(args, given)
-    with tempfile.TemporaryDirectory() as folder:
-        args.out = Path(folder) / "out"
-        args.tensorboard = args.tensorboard and Path(folder) / "runs"
-        return start(args, {**given, "epochs": min(2, given.get("epochs", 2))})
-
-
-def start(args: argparse.Namespace, given: dict[str, Any]) -> int:
-    """One run or several, as the flags ask for; returns the exit status."""
-    several = args.runs > 1 or (given.get("folds") and not given.get("fold"))
-    last = args.out / "last.pt"
-    resumed = last if args.resume and last.exists() and not several else None
-    recipe = choose_recipe(given, resumed)
-    with utils.locked(args.out):
-        return run_several(args, recipe) if several else run_once(args, recipe, resumed)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line and the recipe
-
-
-def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The command line, and in a dict of its own what it says of the recipe."""
-    parser = argparse.ArgumentParser(description="Train the 16,966-parameter CNN on MNIST.")
-    recipe = parser.add_argument_group("recipe (saved in the checkpoint)")
-    for f in fields(Recipe):
-        rule = f.metadata
-        recipe.add_argument(
-            flag(f.name), type=rule["kind"], nargs=rule["nargs"], choices=rule["choices"],
-            metavar=None if rule["choices"] else rule["kind"].__name__.upper(), default=argparse.SUPPRESS,
-            help=f"{rule['help']} (default: {show(f.default) or 'none'})",
-        )  # fmt: skip
-    utils.add_common_flags(parser)
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("checkpoints"), metavar="DIR", help="(default: %(default)s)")
-    add("--resume", action="store_true", help="go on from last.pt in --out, or start if there is none")
-    add("--runs", type=at_least(1), default=1, metavar="N", help="train N times, with consecutive seeds")
-    add("--jobs", type=at_least(1), metavar="J",
-        help="of --runs or --folds, train J at a time (default: one a core; on a GPU 1)")  # fmt: skip
-    add("--tensorboard", type=Path, nargs="?", const=Path("runs"), metavar="DIR",
-        help="write curves, images and hyperparameters for TensorBoard (default DIR: runs)")  # fmt: skip
-    add("--dry-run", action="store_true", help="a few steps of everything; keeps nothing")
-    args = parser.parse_args(argv)
-    given = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    if args.runs > 1 and given.get("folds"):
-        raise UserError("--runs does not go with --folds")
-    return args, given
-
-
-def choose_recipe(given: dict[str, Any], resumed: Path | None) -> Recipe:
-    """The recipe with the flags `given`, or that of the checkpoint `resumed`; UserError if the two disagree."""
-    if resumed is None:
-        return Recipe(**given)
-    checkpoint = utils.load_checkpoint(resumed)
-    try:
-        recipe = Recipe(**checkpoint["recipe"])
-    except (TypeError, UserError) as error:
-        raise UserError(f"{resumed} cannot be resumed, its recipe is damaged or of another version: {error}") from error
-    for name, value in given.items():
-        stored = getattr(recipe, name)
-        if stored != value:
-            raise UserError(
-                f"{flag(name)} {show(value)}: {resumed} was made with {show(stored)}, and --resume keeps it"
-            )
-    return recipe
-
-
-def setting(
-    default: Any, help: str, low: float = 0, high: float = math.inf, *, kind: type | None = None,
-    nargs: int | str | None = None, choices: tuple | None = None,
-) -> Any:  # fmt: skip
-    """A field of the recipe: its default, what --help says of it, its range, and argparse's words for the rest."""
-    rule = {"help": help, "low": low, "high": high, "kind": kind or type(default), "nargs": nargs, "choices": choices}
-    return field(default=default, metadata=rule)
+def setting(default: Any, help: str, low: float = 0, high: float = math.inf, **argparse_words: Any) -> Any:
+    """A field of the recipe: its default, what --help says of it, its range, and what else its flag needs."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "words": argparse_words})
 
 
 @dataclass(frozen=True)
@@ -125,40 +58,26 @@ class Recipe:
     momentum: float = setting(0.9, "Nesterov momentum", 0, 0.9999)
     weight_decay: float = setting(1e-4, "L2 penalty", 0, 1)
     ema: float = setting(2500.0, "steps of the moving average of the weights that is saved; 1 for the last step's", 1)
-    dropout: tuple = setting(
-        (0.1, 0.2, 0.3, 0.4), "dropout rates of the four blocks at the start", 0, 0.95, kind=float, nargs=4
-    )
+    dropout: tuple = setting((0.1, 0.2, 0.3, 0.4), "rates of the blocks at the start", 0, 0.95, type=float, nargs=4)
     fc_dropout: float = setting(0.4, "dropout rate between the linear layers at the start", 0, 0.95)
-    dropout_until: float = setting(
-        0.1, "fraction of the run in which all dropout rates fall linearly to 0; 1 keeps them constant", 0, 1
-    )
+    dropout_until: float = setting(0.1, "fraction of the run in which dropout falls to 0; 1 keeps it constant", 0, 1)
     rotation: float = setting(10.0, "augmentation: degrees, either way", 0, 180)
     scale: float = setting(0.1, "augmentation: 0.1 is 0.9 to 1.1", 0, 0.9)
     translate: float = setting(0.05, "augmentation: fraction of the side, either way", 0, 1)
     shear: float = setting(10.0, "augmentation: degrees, either way", 0, 60)
-    elastic: float = setting(
-        0.35, "augmentation: elastic distortion, standard deviation in pixels of a coarse grid's points", 0, 10
-    )
-    foreign: float = setting(
-        0.25, "share of the ones, sevens and nines that get a flag, a bar or a tail, as much of the world writes them;"
-        " without this flag only where the training images are MNIST's own", 0, 1,
-    )  # fmt: skip
-    width: int = setting(1, "times as many channels: a teacher", 1, utils.MAX_WIDTH)
-    activation: str = setting("silu", "of the blocks and of the first linear layer", choices=tuple(ACTIVATIONS))
-    adaptive_pool: str = setting("max", "between the blocks and the linear layers", choices=tuple(ADAPTIVE_POOLS))
-    teacher: tuple = setting(
-        (), "checkpoints whose mean prediction the network also learns from (distillation)", kind=str, nargs="+"
-    )
-    temperature: float = setting(1.0, "of the distillation", 1e-3, 1e3)
-    distill_weight: float = setting(0.7, "of the teachers in the loss", 0, 1)
-    val_size: int = setting(0, "hold out so many training images, stratified, and report on them each epoch")
-    folds: int = setting(0, "cross-validation with so many stratified folds of the training images")
-    fold: int = setting(0, "with --folds, hold out only fold number 1 to FOLDS")
-    threads: int = setting(
-        1, "CPU threads; a second one may help on a quiet machine, and makes it several times slower on a busy one;"
-        " the bits of the result depend on them", 1, 1024,
-    )  # fmt: skip
-    seed: int = setting(0, "of weights, order, augmentation and dropout", 0, 2**31)
+    elastic: float = setting(0.35, "augmentation: standard deviation, in pixels, of elastic distortion", 0, 10)
+    variants: float = setting(0.25, "share of flagged 1s, barred 7s and tailed 9s; for MNIST's own images", 0, 1)
+    width: int = setting(1, "factor of all hidden layers' widths; wide networks are teachers", 1, MAX_WIDTH)
+    activation: str = setting("silu", "activation of blocks and first linear layer", choices=tuple(ACTIVATIONS))
+    adaptive_pool: str = setting("max", "pooling behind the blocks", choices=tuple(ADAPTIVE_POOLS))
+    teacher: tuple = setting((), "checkpoints, or folders of runs, to learn from as well (distillation)", nargs="+")
+    temperature: float = setting(1.0, "temperature of the distillation", 1e-3, 1e3)
+    distill_weight: float = setting(0.7, "weight of the teachers in the loss", 0, 1)
+    val_size: int = setting(0, "training images to hold out, stratified, and to report on each epoch")
+    folds: int = setting(0, "number of stratified folds of the training images for cross-validation")
+    fold: int = setting(0, "the one fold to hold out, 1 to FOLDS (default: each in its turn)")
+    threads: int = setting(1, "CPU threads; with two a busy machine is several times slower, and bits differ", 1, 1024)
+    seed: int = setting(0, "seed of weights, order, augmentation, variants and dropout", 0, 2**31)
 
     @property
     def augmentation(self) -> Augmentation:
@@ -166,172 +85,119 @@ class Recipe:
         return Augmentation(self.rotation, self.scale, self.translate, self.shear, self.elastic)
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value, rule = getattr(self, f.name), f.metadata
-            values = value if isinstance(value, tuple) else (value,)
-            typed = type(value) is type(f.default) and all(type(v) is rule["kind"] for v in values)
-            if not typed or rule["nargs"] not in (None, "+", len(values)):
-                kind = type(value).__name__
-                raise UserError(f"{flag(f.name)} is a {kind}, and not a value like {f.default!r}")
-            if rule["choices"] and value not in rule["choices"]:
-                raise UserError(f"{flag(f.name)} {value}: choose from {', '.join(rule['choices'])}")
-            if rule["kind"] is not str and not all(rule["low"] <= v <= rule["high"] for v in values):
-                raise UserError(f"{flag(f.name)} {show(value)} is not from {rule['low']} to {rule['high']}")
-        if self.lr > self.peak_lr:
-            raise UserError(f"--lr {self.lr} is above --peak-lr {self.peak_lr}: the cycle rises from one to the other")
-        if self.folds == 1 or self.fold > self.folds:
-            raise UserError(f"--folds {self.folds} --fold {self.fold}: there must be 2 folds or more, counted from 1")
-        if self.folds and self.val_size:
-            raise UserError("--folds does not go with --val-size: each fold is held out in its turn")
-
-
-def flag(name: str) -> str:
-    """The flag of the recipe's field `name`."""
-    return "--" + name.replace("_", "-")
-
-
-def show(value: Any) -> str:
-    """A setting's value as one types it."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        check_recipe(self)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One run
 
 
-def run_once(args: argparse.Namespace, recipe: Recipe, resumed: Path | None) -> int:
-    """Train as the recipe says, then read the test set once (a fold: not at all), then write model.pt."""
+@dataclass
+class Run:
+    """The state of a run; each epoch seeds its own random numbers."""
+
+    recipe: Recipe
+    data_crc: int  # CRC32 of all training images, held out or not
+    model: Net
+    average: Net  # moving average of the model's weights, without dropout: what is measured and saved
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    dropout: dict[torch.nn.Module, float]  # each dropout layer, and its rate at the start
+    history: list[dict[str, float]]
+
+
+def train_once(args: argparse.Namespace, recipe: Recipe, last: Path | None) -> int:
+    """One run, from its beginning or on from the checkpoint `last`; returns the exit status."""
     torch.set_num_threads(recipe.threads)
     device, out = utils.choose_device(args.device), args.out
-    written = [(out / name).resolve() for name in ("last.pt", "model.pt")]
-    if any(Path(teacher).resolve() in written for teacher in recipe.teacher):
-        raise UserError(f"--teacher: this run would overwrite its teacher in {out}; choose another --out")
     everything = utils.load_mnist(args.data_dir, train=True, device=device)
-    data_crc = zlib.crc32(everything.images.cpu().numpy())
-    typed = hasattr(args, "foreign")  # of the recipe's flags, `args` has only those
-    if not (resumed or typed) and data_crc != utils.MNIST_CRC32:
-        recipe = replace(recipe, foreign=0.0)
-    train_split, val_split = split_off(everything, recipe)
-    train_split = utils.draw_foreign_shapes(train_split, recipe.foreign, recipe.seed)
+    data_crc = utils.crc32(everything)
+    if "variants" not in args.overrides and not last and data_crc != utils.MNIST_CRC32:
+        recipe = replace(recipe, variants=0.0)
+    train_split, val_split = utils.make_splits(everything, recipe.val_size, recipe.folds, recipe.fold)
+    train_split = utils.draw_variants(train_split, recipe.variants, recipe.seed)
     test_split = None if recipe.folds else utils.load_mnist(args.data_dir, train=False, device=device)
     if args.dry_run:
         few = slice(8 * recipe.batch_size)
         train_split, val_split, test_split = (s and s.select(few) for s in (train_split, val_split, test_split))
+    train_loader = Loader(train_split, recipe.batch_size, recipe.augmentation, recipe.seed)
+    loss_fn = make_loss(recipe, device)
 
-    run = begin(recipe, device, data_crc)
-    if resumed:
-        restore_state(run, recipe, resumed)
-        utils.write_json(out / "history.json", run.history)  # a kill may have come between the two files
-        done = len(run.history)
-        print(f"Resuming {out} after epoch {done} of {recipe.epochs}" if done < recipe.epochs else f"{out} is finished")
+    run = build_run(recipe, device, data_crc, steps=recipe.epochs * len(train_loader))
+    if last:
+        restore_state(run, last)
+    announce(run, len(train_split.labels), device, out)
     board = open_board(args.tensorboard / out.name, run.history) if args.tensorboard else None
+    if board:
+        board.add_images("augmented digits", next(iter(train_loader))[0].clamp(0, 1))
     try:
-        train(run, recipe, train_split, val_split, out, board)
+        for epoch in range(len(run.history), recipe.epochs):
+            entry = train_epoch(run, train_loader, loss_fn, epoch)
+            end_epoch(run, entry, train_split, val_split, out, board)
     except KeyboardInterrupt:
         kept = "Finished epochs are kept; go on with --resume." if run.history and not args.dry_run else ""
         print(f"\nStopped. {kept}", file=sys.stderr)
         return 130
-    finish(run, recipe, test_split, out, board)
+    finish(run, test_split, out, board)
     return 0
 
 
-def split_off(everything: Split, recipe: Recipe) -> tuple[Split, Split | None]:
-    """The images to train on, and those that the recipe holds out, if any."""
-    if max(recipe.val_size, 10 * recipe.folds) >= len(everything.labels):
-        raise UserError(f"--val-size or --folds leave too few of {len(everything.labels):,} images to train on")
-    if recipe.folds:
-        return utils.fold_out(everything, recipe.folds, recipe.fold)
-    if recipe.val_size:
-        return utils.hold_out(everything, recipe.val_size)
-    return everything, None
-
-
-@dataclass
-class Run:
-    """The state of a run, as last.pt holds it; each epoch seeds its own random numbers."""
-
-    model: Net
-    average: utils.WeightAverage
-    optimizer: torch.optim.SGD
-    history: list[dict[str, float]]
-    data_crc: int  # CRC32 of all training images, held out or not
-
-    def momentum(self) -> dict[str, Tensor]:
-        """The optimiser's momentum, by the names of the weights."""
-        return {name: self.optimizer.state[p]["momentum_buffer"] for name, p in self.model.named_parameters()}
-
-
-def begin(recipe: Recipe, device: torch.device, data_crc: int) -> Run:
-    """A run before its first step."""
+def build_run(recipe: Recipe, device: torch.device, data_crc: int, steps: int) -> Run:
+    """A run of `steps` steps before its first one."""
     torch.manual_seed(utils.derive_seed(recipe.seed, use=utils.WEIGHTS))
     model = Net(recipe.width, recipe.activation, recipe.adaptive_pool, recipe.dropout, recipe.fc_dropout)
-    model = utils.place(model, device)
-    average = utils.WeightAverage(model, recipe.ema)
+    model = utils.to_device(model, device)
+    average = copy.deepcopy(model).requires_grad_(False)
+    set_dropout(dropout_rates(average), 0)
     optimizer = utils.make_optimizer(model, recipe.lr, recipe.momentum, recipe.weight_decay)
-    return Run(model, average, optimizer, [], data_crc)
+    scheduler = utils.make_schedule(optimizer, recipe.lr, recipe.peak_lr, recipe.warmup, steps)
+    return Run(recipe, data_crc, model, average, optimizer, scheduler, dropout_rates(model), history=[])
 
 
-def train(run: Run, recipe: Recipe, train_split: Split, val_split: Split | None, out: Path, board: Any) -> None:
-    """Train the rest of the run's epochs; after each, write last.pt and history.json and print its log."""
-    device = train_split.labels.device
-    train_loader = Loader(train_split, recipe.batch_size, recipe.augmentation, recipe.seed)
-    plain_loader = Loader(train_split.select(slice(None, None, PLAIN_EVERY)), batch_size=500)
-    loss_fn = make_loss(recipe, device)
-    if board:
-        board.add_images("augmented digits", (next(iter(train_loader))[0] * utils.STD).clamp(0, 1))
-    for epoch in range(len(run.history), recipe.epochs):
-        entry = train_epoch(run, train_loader, loss_fn, recipe, epoch)
-        update_bn(plain_loader, run.average.model)  # digits to be read are not augmented: their statistics differ
-        if val_split is not None:
-            entry.update(utils.scores("val", utils.predict(run.average.model, val_split), val_split.labels))
-        if not all(tensor.isfinite().all() for tensor in run.average.model.state_dict().values()):
-            raise UserError(f"the weights are not finite after epoch {epoch + 1}; try a lower --peak-lr")
-        run.history.append(entry)
-        save_state(run, recipe, out / "last.pt")
-        utils.write_json(out / "history.json", run.history)
-        print_epoch(entry)
-        if board:
-            log_epoch(board, entry)
-
-
-def train_epoch(run: Run, train_loader: Loader, loss_fn: Callable, recipe: Recipe, epoch: int) -> dict[str, float]:
+def train_epoch(run: Run, train_loader: Loader, loss_fn: Callable, epoch: int) -> dict[str, float]:
     """Train epoch number `epoch` (from 0) and say how it went; UserError if the loss stops being finite."""
-    start, steps = time.perf_counter(), len(train_loader)
+    start, steps, epochs = time.perf_counter(), len(train_loader), run.recipe.epochs
+    learning_rate = run.scheduler.get_last_lr()[0]
     run.model.train()
-    torch.manual_seed(utils.derive_seed(recipe.seed, epoch, utils.DROPOUT))
+    torch.manual_seed(utils.derive_seed(run.recipe.seed, epoch, utils.DROPOUT))
     train_loader.set_epoch(epoch)
     total_loss, correct = torch.zeros(2, device=train_loader.split.labels.device)
     seen = 0
-    bar = tqdm(train_loader, f"Epoch {epoch + 1}/{recipe.epochs}", leave=False, disable=None, dynamic_ncols=True)
-    for step, (images, labels) in enumerate(bar, 1):
-        done = epoch * steps + step - 1
-        run.optimizer.param_groups[0]["lr"] = learning_rate(done, steps, recipe)
-        run.model.scale_dropout(dropout_factor(done / (recipe.epochs * steps), recipe.dropout_until))
+    bar = tqdm(train_loader, f"Epoch {epoch + 1}/{epochs}", leave=False, disable=None, dynamic_ncols=True)
+    for step, (images, labels) in enumerate(bar, epoch * steps):
+        set_dropout(run.dropout, dropout_factor(step / (epochs * steps), run.recipe.dropout_until))
         run.optimizer.zero_grad()
         logits = run.model(images)
         loss = loss_fn(logits, labels, images)
         loss.backward()
         run.optimizer.step()
-        run.average.update(run.model)
+        run.scheduler.step()
+        update_average(run.average, run.model, step, run.recipe.ema)
 
         total_loss += loss.detach() * len(labels)
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
-        if step % CHECK_EVERY == 0 or step == steps:
+        if (step + 1) % CHECK_EVERY == 0 or step + 1 == (epoch + 1) * steps:
             mean_loss, accuracy = total_loss.item() / seen, 100 * correct.item() / seen
             if not math.isfinite(mean_loss):
                 raise UserError(f"the loss is {mean_loss} in epoch {epoch + 1}; try a lower --peak-lr")
             bar.set_postfix(loss=f"{mean_loss:.4f}", accuracy=f"{accuracy:.2f}%", refresh=False)
     return {
-        "epoch": epoch + 1, "learning_rate": learning_rate(epoch * steps, steps, recipe),
-        "dropout_factor": dropout_factor(epoch / recipe.epochs, recipe.dropout_until),
+        "epoch": epoch + 1, "learning_rate": learning_rate,
+        "dropout_factor": dropout_factor(epoch / epochs, run.recipe.dropout_until),
         "train_loss": mean_loss, "train_accuracy": accuracy, "seconds": time.perf_counter() - start,
     }  # fmt: skip
 
 
-def learning_rate(step: int, steps_an_epoch: int, recipe: Recipe) -> float:
-    """Learning rate of step number `step` (from 0) of the run."""
-    return utils.one_cycle(step, recipe.epochs * steps_an_epoch, recipe.lr, recipe.peak_lr, recipe.warmup)
+@torch.no_grad()
+def update_average(average: Net, model: Net, step: int, length: float) -> None:
+    """Move the weights of `average` towards those of `model`, for a moving average over about `length` steps.
+
+    Step 0 copies them; step n weighs 1 / (1 + n / 10), until that falls to 1 / `length`. Running statistics are not
+    averaged: `update_bn` measures them.
+    """
+    weight = max(1 / length, 1 / (1 + step / 10))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
 
 
 def dropout_factor(progress: float, until: float) -> float:
@@ -344,8 +210,19 @@ def dropout_factor(progress: float, until: float) -> float:
     return max(0.0, 1 - progress / until)
 
 
+def dropout_rates(model: Net) -> dict[torch.nn.Module, float]:
+    """The dropout layers of `model`, of any kind, with their rates."""
+    return {layer: layer.p for layer in model.modules() if isinstance(layer, _DropoutNd)}
+
+
+def set_dropout(rates: dict[torch.nn.Module, float], factor: float) -> None:
+    """Let each layer drop at `factor` times its rate."""
+    for layer, rate in rates.items():
+        layer.p = rate * factor
+
+
 def make_loss(recipe: Recipe, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """loss_fn(logits (B, 10), labels (B,), images (B, 1, 28, 28)) of the recipe.
+    """loss_fn(logits (B, 10), labels (B,), images (B, 1, 28, 28)) of the recipe: cross-entropy.
 
     With teachers, after Hinton et al. (2015): cross-entropy with the labels and, by `distill_weight`, with the
     teachers' softened mean, times temperature squared, which keeps the size of its gradient.
@@ -356,8 +233,7 @@ def make_loss(recipe: Recipe, device: torch.device) -> Callable[[Tensor, Tensor,
     for path in recipe.teacher:
         teacher, checkpoint = utils.load_model(Path(path), device)
         teachers.append(teacher)
-        held_out = ("val_size", "folds", "fold")
-        if any(getattr(recipe, name) not in (0, checkpoint["recipe"].get(name)) for name in held_out):
+        if any(getattr(recipe, name) not in (0, checkpoint["recipe"][name]) for name in ("val_size", "folds", "fold")):
             utils.warn(f"{path} may have been trained on images that are held out here: validation will look too good")
 
     def distillation_loss(logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
@@ -369,6 +245,60 @@ def make_loss(recipe: Recipe, device: torch.device) -> Callable[[Tensor, Tensor,
     return distillation_loss
 
 
+def end_epoch(
+    run: Run, entry: dict[str, float], train_split: Split, val_split: Split | None, out: Path, board: Any
+) -> None:
+    """Measure the averaged network, add `entry` to the history, write last.pt and print the log."""
+    # The statistics of digits to be read: augmented ones, blurred by their interpolation, have others.
+    plain = train_split.images[::PLAIN_EVERY]
+    update_bn((images / 255 for images in plain.tensor_split(math.ceil(len(plain) / 500))), run.average)
+    if val_split is not None:
+        entry.update(utils.scores("val", utils.predict(run.average, val_split.images), val_split.labels))
+    if not all(tensor.isfinite().all() for tensor in run.average.state_dict().values()):
+        raise UserError(f"the weights are not finite after epoch {entry['epoch']}; try a lower --peak-lr")
+    run.history.append(entry)
+    save(run, out / "last.pt", metrics={}, training=training_state(run))
+    print_epoch(entry)
+    if board:
+        log_epoch(board, entry)
+
+
+def finish(run: Run, test_split: Split | None, out: Path, board: Any) -> None:
+    """Read the test set once (a fold: not at all), write model.pt and print the final accuracy."""
+    metrics = {}
+    if test_split is not None:
+        logits = utils.predict(run.average, test_split.images)
+        metrics = utils.scores("test", logits, test_split.labels)
+        misread = test_split.images[logits.argmax(1) != test_split.labels]
+        if board and len(misread):
+            board.add_images("misclassified digits", misread[:64])
+    save(run, out / "model.pt", metrics=metrics)
+    finals = {name: value for name, value in {**run.history[-1], **metrics}.items() if name in TITLES}
+    if board:
+        log_result(board, run.recipe, finals)
+    *_, (name, value) = finals.items()
+    print(f"Final {TITLES[name]}: {value:.2f}%")
+
+
+def announce(run: Run, images: int, device: torch.device, out: Path) -> None:
+    """One line on what is about to be trained, and on the finished model that it is going to replace."""
+    done, epochs = len(run.history), run.recipe.epochs
+    if done:
+        print(f"Resuming {out} after epoch {done} of {epochs}" if done < epochs else f"{out} is finished", flush=True)
+        return
+    threads = f", {run.recipe.threads} thread" + "s" * (run.recipe.threads > 1) if device.type == "cpu" else ""
+    line = f"Training {count_parameters(run.model):,} parameters on {images:,} images; {device}{threads}"
+    path = out / "model.pt"
+    if path.exists():
+        try:
+            old = utils.load_checkpoint(path)
+            score = "".join(f", {value:.2f}%" for name, value in old["metrics"].items() if name == "test_accuracy")
+            line += f"; replaces {path} (seed {old['recipe'].get('seed')}, {len(old['history'])} epochs{score})"
+        except UserError:
+            line += f"; replaces {path}, which is no checkpoint of this train.py"
+    print(line, flush=True)
+
+
 def print_epoch(entry: dict[str, float]) -> None:
     """The log lines of one epoch, in the specification's format."""
     print(f"Epoch {entry['epoch']}\nLearning rate: {entry['learning_rate']:.6f}")
@@ -378,58 +308,96 @@ def print_epoch(entry: dict[str, float]) -> None:
     sys.stdout.flush()
 
 
-def finish(run: Run, recipe: Recipe, test_split: Split | None, out: Path, board: Any) -> None:
-    """Read the test set, write model.pt and print the final accuracy; of a fold, that of the held-out images."""
-    metrics = last_metrics(run.history)
-    if test_split is not None:
-        logits = utils.predict(run.average.model, test_split)
-        metrics.update(utils.scores("test", logits, test_split.labels))
-        misread = test_split.images[logits.argmax(1) != test_split.labels]
-        if board and len(misread):
-            board.add_images("misclassified digits", misread[:64])
-    path = out / "model.pt"
-    utils.save_checkpoint(path, run.average.model, recipe=asdict(recipe), epoch=recipe.epochs, metrics=metrics)
-    if board:
-        log_result(board, recipe, metrics)
-    final = "val_accuracy" if test_split is None else "test_accuracy"
-    print(f"Final {TITLES[final]}: {metrics[final]:.2f}%")
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoint and resume
 
 
-def last_metrics(history: list[dict[str, float]]) -> dict[str, float]:
-    """Losses and accuracies of the last epoch."""
-    return {name: value for name, value in history[-1].items() if name.startswith(("train_", "val_"))}
+def save(run: Run, path: Path, **contents: Any) -> None:
+    """Write a checkpoint of the averaged network."""
+    run_contents = {"recipe": asdict(run.recipe), "history": run.history, "data_crc": run.data_crc}
+    utils.save_checkpoint(path, run.average, **run_contents, **contents)
 
 
-def save_state(run: Run, recipe: Recipe, path: Path) -> None:
-    """Write all that the run needs to go on: a checkpoint of the averaged network with a part "training"."""
-    training = {
+def training_state(run: Run) -> dict[str, Any]:
+    """What a run needs to go on, beside its checkpoint."""
+    return {
         "weights": run.model.state_dict(),
-        "momentum": run.momentum(),
-        "updates": run.average.count,
-        "history": run.history,
-        "data_crc": run.data_crc,
+        "optimizer": run.optimizer.state_dict(),
+        "scheduler": run.scheduler.state_dict(),
     }
-    contents = {"recipe": asdict(recipe), "epoch": len(run.history), "metrics": last_metrics(run.history)}
-    utils.save_checkpoint(path, run.average.model, **contents, training=training)
 
 
-def restore_state(run: Run, recipe: Recipe, path: Path) -> None:
-    """Take up what `save_state` wrote to `path`; UserError if it is damaged or has learnt from other images."""
+def restore_state(run: Run, path: Path) -> None:
+    """Take up what `end_epoch` wrote to `path`; UserError if it is damaged or has learnt from other images."""
     checkpoint = utils.load_checkpoint(path)
+    # A step on blank images shows what the state of the optimiser is made of, whichever it is.
+    blank = torch.zeros(2, 1, IMAGE_SIZE, IMAGE_SIZE, device=next(run.model.parameters()).device)
+    run.model(blank).sum().backward()
+    run.optimizer.step()
+    run.scheduler.step()
     try:
         state = checkpoint["training"]
-        utils.load_tensors(run.model.state_dict(), state["weights"])
-        utils.load_tensors(run.average.model.state_dict(), checkpoint["model"])
-        utils.load_tensors(run.momentum(), state["momentum"])
-        run.average.count, trained_on = int(state["updates"]), int(state["data_crc"])
-        run.history = [dict(entry) for entry in state["history"]]
-        numbers = all(type(value) in (int, float) for entry in run.history for value in entry.values())
-        if not (numbers and last_metrics(run.history) and len(run.history) == checkpoint["epoch"] <= recipe.epochs):
+        utils.require_like(state, training_state(run))
+        utils.require_like(checkpoint["model"], run.average.state_dict())
+        run.model.load_state_dict(state["weights"])
+        run.average.load_state_dict(checkpoint["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scheduler.load_state_dict(state["scheduler"])
+        if not 1 <= len(checkpoint["history"]) <= run.recipe.epochs:
             raise ValueError("history")
     except Exception as error:  # a spoilt state makes PyTorch raise nearly anything
-        raise UserError(f"{path} is of another network than this model.py, or damaged ({error!r:.200})") from error
-    if trained_on != run.data_crc:
+        raise UserError(
+            f"{path} is of another network, optimiser or schedule than the code's, or damaged ({error!r:.150})"
+        ) from error
+    if checkpoint["data_crc"] != run.data_crc:
         raise UserError(f"{path} was trained on other images; give the --data-dir of that run, or another --out")
+    run.history = checkpoint["history"]
+
+
+def choose_recipe(overrides: dict[str, Any], last: Path | None) -> Recipe:
+    """The recipe with the flags `overrides`, or that of the checkpoint `last`; UserError if the two disagree."""
+    if last is None:
+        return Recipe(**overrides)
+    recipe = stored_recipe(last)
+    check_same(recipe, last, overrides)
+    return recipe
+
+
+def stored_recipe(path: Path) -> Recipe:
+    """The recipe of a checkpoint; UserError if it is damaged or of another version."""
+    try:
+        return Recipe(**utils.load_checkpoint(path)["recipe"])
+    except TypeError as error:
+        raise UserError(f"{path} cannot be resumed, its recipe is damaged or of another version: {error}") from error
+
+
+def check_same(recipe: Recipe, path: Path, settings: dict[str, Any]) -> None:
+    """UserError for the first of `settings` that is not the one in `recipe`, which `path` holds."""
+    for name, value in settings.items():
+        stored = getattr(recipe, name)
+        if stored != value:
+            raise UserError(
+                f"{flag(name)} {format_value(value)}: {path} was made with {format_value(stored)}; --resume keeps it"
+            )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; UserError if another one holds it. Ends with the process, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if fcntl:
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another training writes to {folder}; wait for it or choose another --out") from error
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        if fcntl:
+            os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -443,26 +411,25 @@ def open_board(folder: Path, history: list[dict[str, float]]) -> Any:
     except ImportError as error:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
     try:
-        board = SummaryWriter(str(folder))
+        board = SummaryWriter(str(folder), purge_step=0)  # what an earlier training wrote there is not shown
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-    for entry in history:  # of a resumed run, which may have had no board before
+    for entry in history:  # of a resumed run
         log_epoch(board, entry)
     return board
 
 
 def log_epoch(board: Any, entry: dict[str, float]) -> None:
-    """What `history.json` has of the epoch; loss and accuracy of training and validation share a chart."""
+    """What the history has of the epoch; loss and accuracy of training and validation share a chart."""
     for name, value in entry.items():
         part, _, rest = name.partition("_")
         board.add_scalar(f"{rest}/{part}" if part in ("train", "val") else name, value, entry["epoch"])
 
 
-def log_result(board: Any, recipe: Recipe, metrics: dict[str, float]) -> None:
-    """The hyperparameters with the final accuracy."""
-    settings = {name: show(value) if isinstance(value, tuple) else value for name, value in asdict(recipe).items()}
-    finals = {f"final/{name}": value for name, value in metrics.items() if name.endswith("accuracy")}
-    board.add_hparams(settings, finals, run_name=".")
+def log_result(board: Any, recipe: Recipe, finals: dict[str, float]) -> None:
+    """The hyperparameters with the final accuracies."""
+    settings = {name: format_value(v) if isinstance(v, tuple) else v for name, v in asdict(recipe).items()}
+    board.add_hparams(settings, {f"final/{name}": value for name, value in finals.items()}, run_name=".")
     board.close()
 
 
@@ -473,13 +440,19 @@ def log_result(board: Any, recipe: Recipe, metrics: dict[str, float]) -> None:
 def run_several(args: argparse.Namespace, recipe: Recipe) -> int:
     """--runs or --folds: a process of this same command for each, some at a time, and a report on all of them."""
     if recipe.folds:
-        parts = {args.out / f"fold-{k}": ["--fold", k] for k in range(1, recipe.folds + 1)}
+        parts = {args.out / f"fold-{k}": ["--child", "--fold", k] for k in range(1, recipe.folds + 1)}
     else:
         seeds = range(recipe.seed, recipe.seed + args.runs)
-        parts = {args.out / f"seed-{seed}": ["--runs", 1, "--seed", seed] for seed in seeds}
-    board = ["--tensorboard", args.tensorboard / args.out.name] if args.tensorboard else []
+        parts = {args.out / f"seed-{seed}": ["--child", "--runs", 1, "--seed", seed] for seed in seeds}
+    if args.resume:
+        own = {"seed", "fold"} if "variants" in args.overrides else {"seed", "fold", "variants"}
+        settings = {name: value for name, value in asdict(recipe).items() if name not in own}
+        for path in (folder / "last.pt" for folder in parts):
+            if path.exists():
+                check_same(stored_recipe(path), path, settings)
+    out_flags = ["--tensorboard", args.tensorboard / args.out.name] if args.tensorboard else []
     same = [sys.executable, __file__, *sys.argv[1:]]  # of two equal flags the last one counts
-    commands = {folder: [*same, *map(str, [*words, "--out", folder, *board])] for folder, words in parts.items()}
+    commands = {folder: [*same, *map(str, [*words, "--out", folder, *out_flags])] for folder, words in parts.items()}
     device = utils.choose_device(args.device)
     jobs = args.jobs or (max(1, available_cores() // recipe.threads) if device.type == "cpu" else 1)
     try:
@@ -489,8 +462,7 @@ def run_several(args: argparse.Namespace, recipe: Recipe) -> int:
         return 130
     if failed:
         raise UserError(f"{', '.join(failed)} failed; the same command with --resume goes on with the rest")
-    if not args.dry_run:
-        report(args, [*parts], device)
+    report(args, [*parts], device)
     return 0
 
 
@@ -540,12 +512,8 @@ def available_cores() -> int:
 def report(args: argparse.Namespace, folders: list[Path], device: torch.device) -> None:
     """Table and summary of the runs in `folders`, and for seeds the accuracy of their ensemble; also to runs.json."""
     models, checkpoints = zip(*(utils.load_model(folder / "model.pt", device) for folder in folders))
-    recipes = [{**c["recipe"], "seed": None, "fold": None} for c in checkpoints]
-    for folder, recipe in zip(folders, recipes):
-        if recipe != recipes[0]:
-            raise UserError(f"{folder} and {folders[0]} were trained by different recipes: no common figure")
-    columns = [name for name in TITLES if name in checkpoints[0]["metrics"]]
-    runs = [{"run": folder.name, **c["metrics"]} for folder, c in zip(folders, checkpoints)]
+    runs = [{"run": f.name, **c["history"][-1], **c["metrics"]} for f, c in zip(folders, checkpoints)]
+    columns = [name for name in TITLES if name in runs[0]]
     results: dict[str, Any] = {"recipe": checkpoints[0]["recipe"], "versions": utils.versions(), "runs": runs}
 
     print(f"\n{'Run':<8}" + "".join(f"{TITLES[name]:>22}" for name in columns))
@@ -557,7 +525,7 @@ def report(args: argparse.Namespace, folders: list[Path], device: torch.device) 
               "max {max:.2f}%  ({n} runs)".format(**results[name]))  # fmt: skip
     if "test_accuracy" in columns:
         test_split = utils.load_mnist(args.data_dir, train=False, device=device)
-        ensemble = torch.stack([utils.predict(model, test_split).softmax(1) for model in models]).mean(0)
+        ensemble = torch.stack([utils.predict(model, test_split.images).softmax(1) for model in models]).mean(0)
         results["ensemble_test_accuracy"] = utils.accuracy(ensemble, test_split.labels)
         print(f"Test Accuracy of the {len(runs)} networks' mean prediction: {results['ensemble_test_accuracy']:.2f}%")
     utils.write_json(args.out / "runs.json", results)
@@ -568,6 +536,109 @@ def summary(values: list[float]) -> dict[str, float]:
     std = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "std": std, "sem": std / len(values) ** 0.5,
             "min": min(values), "max": max(values), "n": len(values)}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `overrides` has what it says of the recipe."""
+    parser = argparse.ArgumentParser(description="Train the 16,966-parameter CNN on MNIST.")
+    recipe = parser.add_argument_group("recipe (saved in the checkpoint)")
+    for f in fields(Recipe):
+        words = {"type": str if isinstance(f.default, tuple) else type(f.default), **f.metadata["words"]}
+        if "choices" not in words:
+            words["metavar"] = words["type"].__name__.upper()
+        help = f"{f.metadata['help']} (default: {format_value(f.default) or 'none'})"
+        recipe.add_argument(flag(f.name), default=argparse.SUPPRESS, help=help, **words)
+    utils.add_common_flags(parser)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("checkpoints"), metavar="DIR", help="(default: %(default)s)")
+    add("--resume", action="store_true", help="go on from last.pt in --out, or start if there is none")
+    add("--runs", type=at_least(1), default=1, metavar="N", help="train N times, with consecutive seeds")
+    add("--jobs", type=at_least(1), metavar="J",
+        help="runs of --runs or --folds at a time (default: one a core; on a GPU 1)")  # fmt: skip
+    add("--tensorboard", type=Path, nargs="?", const=Path("runs"), metavar="DIR",
+        help="write curves, images and hyperparameters for TensorBoard (default DIR: runs)")  # fmt: skip
+    add("--dry-run", action="store_true", help="a few steps of everything; keeps nothing")
+    add("--child", action="store_true", help=argparse.SUPPRESS)  # one of --runs or --folds, which cleans up after it
+    args = parser.parse_args(argv)
+    names = [f.name for f in fields(Recipe) if hasattr(args, f.name)]
+    given = {name: getattr(args, name) for name in names}
+    args.overrides = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if "teacher" in given:
+        args.overrides["teacher"] = find_teachers(args.teacher)
+    if args.runs > 1 and given.get("folds"):
+        raise UserError("--runs does not go with --folds")
+    return args
+
+
+def find_teachers(names: list[str]) -> tuple[str, ...]:
+    """The absolute paths of checkpoints and, for folders, of the runs in them; UserError for a folder without any."""
+    found = []
+    for path in map(Path, names):
+        runs = sorted(path.glob("model.pt")) or sorted(path.glob("*/model.pt")) if path.is_dir() else [path]
+        if not runs:
+            raise UserError(f"--teacher {path}: no model.pt in this folder or one level below")
+        found += [str(run.resolve()) for run in runs]
+    return tuple(found)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """UserError for the first setting that is out of range, or does not go with another."""
+    for f in fields(recipe):
+        value, (low, high) = getattr(recipe, f.name), (f.metadata["low"], f.metadata["high"])
+        choices = f.metadata["words"].get("choices")
+        if choices and value not in choices:
+            raise UserError(f"{flag(f.name)} {value}: choose from {', '.join(choices)}")
+        numbers = () if choices or f.name == "teacher" else value if isinstance(value, tuple) else (value,)
+        if type(value) is not type(f.default) or not all(low <= number <= high for number in numbers):
+            raise UserError(f"{flag(f.name)} {format_value(value)} is not a number from {low} to {high}")
+    if recipe.lr > recipe.peak_lr:
+        raise UserError(f"--lr {recipe.lr} is above --peak-lr {recipe.peak_lr}: the cycle rises from one to the other")
+    if recipe.folds == 1 or recipe.fold > recipe.folds:
+        raise UserError(f"--folds {recipe.folds} --fold {recipe.fold}: there must be 2 folds or more, counted from 1")
+    if recipe.folds and recipe.val_size:
+        raise UserError("--folds does not go with --val-size: each fold is held out in its turn")
+
+
+def flag(name: str) -> str:
+    """The flag of the recipe's field `name`."""
+    return "--" + name.replace("_", "-")
+
+
+def format_value(value: Any) -> str:
+    """A setting's value as one types it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def launch(args: argparse.Namespace) -> int:
+    """One run or several, as the flags ask for; returns the exit status."""
+    several = args.runs > 1 or (args.overrides.get("folds") and not args.overrides.get("fold"))
+    last = args.out / "last.pt"
+    resumed = last if args.resume and last.exists() and not several else None
+    recipe = choose_recipe(args.overrides, resumed)
+    written = [(args.out / name).resolve() for name in ("last.pt", "model.pt")]
+    if any(Path(teacher) in written for teacher in recipe.teacher):
+        raise UserError(f"--teacher: this run would overwrite its teacher in {args.out}; choose another --out")
+    with locked(args.out):
+        return run_several(args, recipe) if several else train_once(args, recipe, resumed)
+
+
+def main() -> int:
+    args = parse_args()
+    if not args.dry_run:
+        return launch(args)
+    args.overrides["epochs"] = min(2, args.overrides.get("epochs", 2))
+    if args.child:
+        return launch(args)
+    with tempfile.TemporaryDirectory() as folder:
+        args.out = Path(folder) / "out"
+        args.tensorboard = args.tensorboard and Path(folder) / "runs"
+        status = launch(args)
+    print("Dry run: a few steps on a few images. The accuracy means nothing, and nothing was kept.")
+    return status
 
 
 if __name__ == "__main__":

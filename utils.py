@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import copy
+import functools
 import gzip
 import io
 import json
 import math
 import os
 import platform
+import signal
 import struct
 import sys
 import zipfile
@@ -22,21 +23,13 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from model import Net
-
-try:
-    import fcntl
-except ImportError:  # Windows: two trainings into one --out are not refused there
-    fcntl = None
+from model import CLASSES, IMAGE_SIZE, Net
 
 ROOT = Path(__file__).resolve().parent
-IMAGE_SIZE = 28
-STD = 0.3081  # of the 60,000 training images, scaled to 0..1
-MNIST_CRC32 = 4083391318  # of the same, as uint8; other images get no foreign shapes unless asked for
+MNIST_CRC32 = 4083391318  # of the 60,000 training images; other images get no national variants unless asked for
 MAX_IMAGES = 1_000_000  # more than any data set in MNIST's format has
-MAX_WIDTH = 32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,12 +37,13 @@ MAX_WIDTH = 32
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend; its one-line message says what and how."""
+    """What the user can mend: its one-line message says what is wrong and what to do."""
 
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Call `main` and exit with its status; what the machine or the user got wrong is one line on stderr, status 2."""
-    torch.set_num_threads(1)  # as soon as anything else runs, a second thread costs more than it ever brings
+    torch.set_num_threads(1)  # a second thread brings little, and costs most of the speed once anything else runs
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         status = main()
@@ -98,15 +92,20 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-        help="auto takes cuda, then mps, then cpu (default: %(default)s)",
+        help="auto takes cuda where there is one, else cpu; nobody has tried mps (default: %(default)s)",
     )  # fmt: skip
 
 
-def add_checkpoint_flag(parser: argparse.ArgumentParser) -> None:
-    """--checkpoint, for the two scripts that read one."""
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint and --split, for the two scripts that read one."""
     parser.add_argument(
         "--checkpoint", type=Path, default=Path("checkpoints/model.pt"), metavar="PATH",
         help="weights written by train.py (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split", choices=tuple(SPLITS), default="test",
+        help="images to read: the test set, those that the checkpoint's training held out (--val-size, --folds), "
+        "or those it was trained on (default: %(default)s)",
     )  # fmt: skip
 
 
@@ -115,22 +114,22 @@ def add_checkpoint_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" takes the fastest present. Raises UserError for one that is not there."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device called `name`; "auto" is cuda where there is one, else cpu. UserError for one that is absent."""
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = next(device for device, there in present.items() if there)
+        name = "cuda" if present["cuda"] else "cpu"
     if not present[name]:
         raise UserError(f"--device {name}: this machine or this build of PyTorch has none; try --device auto")
     return torch.device(name)
 
 
-def place(model: Net, device: torch.device) -> Net:
+def to_device(model: Net, device: torch.device) -> Net:
     """Move `model` to `device`; a CPU computes its convolutions and pooling fastest in channels-last memory."""
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     return model.to(device, memory_format=layout)
 
 
-ORDER, DROPOUT, WEIGHTS, SHAPES = range(4)  # what random numbers are drawn for; augmentation goes with the order
+ORDER, DROPOUT, WEIGHTS, VARIANTS = range(4)  # uses of random numbers; augmentation goes with the order
 
 
 def derive_seed(seed: int, epoch: int = 0, use: int = ORDER) -> int:
@@ -139,7 +138,7 @@ def derive_seed(seed: int, epoch: int = 0, use: int = ORDER) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# MNIST
+# Data
 
 
 class Split(NamedTuple):
@@ -156,20 +155,25 @@ class Split(NamedTuple):
 def load_mnist(data_dir: Path, train: bool, device: torch.device) -> Split:
     """The training or the test split of the data set in `data_dir`, as one tensor on `device`.
 
-    The four IDX files lie in `data_dir`/MNIST/raw or in `data_dir`, packed or not. A folder that is missing or
-    empty is filled by torchvision's download. Raises UserError for files that are missing or not in MNIST's format.
+    The four IDX files lie as `find_idx` says, packed or not. A folder that is missing or empty is filled by
+    torchvision's download. Raises UserError for files that are missing, damaged, or do not fit the network.
     """
     if not data_dir.is_dir() or not any(data_dir.iterdir()):
         download_mnist(data_dir)
     part = "train" if train else "t10k"
-    image_file, label_file = (find_idx(data_dir, f"{part}-{name}-ubyte") for name in ("images-idx3", "labels-idx1"))
+    image_file = find_idx(data_dir, f"{part}-images-idx3-ubyte")
+    label_file = find_idx(data_dir, f"{part}-labels-idx1-ubyte")
     images, labels = read_idx(image_file), read_idx(label_file)
-    if images.dim() != 3 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
-        raise UserError(f"{image_file} holds {' x '.join(map(str, images.shape))} values, expected N x 28 x 28")
-    if labels.dim() != 1 or labels.max() > 9:
-        raise UserError(f"{label_file} holds other values than N labels from 0 to 9")
-    if len(images) != len(labels):
+    if images.dim() != 3 or images.shape[1] != images.shape[2]:
+        raise UserError(f"{image_file} holds {' x '.join(map(str, images.shape))} values, not N square images")
+    if images.shape[1] != IMAGE_SIZE:
+        size = images.shape[1]
+        raise UserError(f"{image_file} has images of {size} x {size}; for these, set IMAGE_SIZE = {size} in model.py")
+    if labels.shape != images.shape[:1]:
         raise UserError(f"{image_file} has {len(images)} images, but {label_file} {len(labels)} labels")
+    if labels.max() >= CLASSES:
+        most = int(labels.max())
+        raise UserError(f"{label_file} has labels up to {most}; for these, set CLASSES = {most + 1} in model.py")
     return Split(images.unsqueeze(1).to(device), labels.long().to(device))
 
 
@@ -188,13 +192,20 @@ def download_mnist(data_dir: Path) -> None:
 
 
 def find_idx(data_dir: Path, name: str) -> Path:
-    """The IDX file called `name`, or `name`.gz, in `data_dir`/MNIST/raw or `data_dir`; UserError if there is none."""
-    places = [folder / file for folder in (data_dir / "MNIST/raw", data_dir) for file in (name, f"{name}.gz")]
-    for place in places:
-        if place.is_file():
-            return place
+    """The IDX file `name` or `name`.gz in `data_dir`, or as torchvision lays it out, in `data_dir`/MNIST/raw.
+
+    If there is no MNIST, another set's folder beside it will do: FashionMNIST/raw. UserError for none or several.
+    """
+    others = sorted(data_dir.glob("*/raw"))
+    for folders in ([data_dir / "MNIST/raw"], [data_dir], [data_dir / "raw"], others):
+        found = [[f for f in (folder / name, folder / f"{name}.gz") if f.is_file()] for folder in folders]
+        found = [files[0] for files in found if files]
+        if len(found) > 1:
+            raise UserError(f"--data-dir {data_dir} holds several data sets: name one, such as {found[0].parent}")
+        if found:
+            return found[0]
     raise UserError(
-        f"no {name} or {name}.gz in {data_dir}/MNIST/raw or {data_dir}; "
+        f"no {name} or {name}.gz in {data_dir}, {data_dir}/MNIST/raw or another data set's folder there; "
         "leave out --data-dir for the MNIST of this repository"
     )
 
@@ -225,18 +236,27 @@ def shuffled_by_class(labels: Tensor) -> Tensor:
     return shuffled[torch.argsort(labels.cpu()[shuffled], stable=True)]
 
 
-def hold_out(split: Split, size: int) -> tuple[Split, Split]:
+def make_splits(everything: Split, val_size: int, folds: int, fold: int) -> tuple[Split, Split | None]:
+    """(training images, held-out ones or None) of a recipe with these settings; UserError if too few are left."""
+    if max(val_size, 10 * folds) >= len(everything.labels):
+        raise UserError(f"--val-size or --folds leave too few of {len(everything.labels):,} images to train on")
+    if folds:
+        return fold_split(everything, folds, fold)
+    return validation_split(everything, val_size) if val_size else (everything, None)
+
+
+def validation_split(split: Split, size: int) -> tuple[Split, Split]:
     """Stratified (rest, held-out) with `size` images held out, 0 < size < N; always the same."""
     n, by_class = len(split.labels), shuffled_by_class(split.labels)
-    return divide(split, by_class[(torch.arange(size) * n + n // 2) // size])  # evenly spaced through the classes
+    return split_at(split, by_class[(torch.arange(size) * n + n // 2) // size])  # evenly spaced through the classes
 
 
-def fold_out(split: Split, folds: int, fold: int) -> tuple[Split, Split]:
+def fold_split(split: Split, folds: int, fold: int) -> tuple[Split, Split]:
     """Stratified (rest, fold number `fold`) of `folds` (1 to `folds`), which are disjoint and make up the whole."""
-    return divide(split, shuffled_by_class(split.labels)[fold - 1 :: folds])
+    return split_at(split, shuffled_by_class(split.labels)[fold - 1 :: folds])
 
 
-def divide(split: Split, index: Tensor) -> tuple[Split, Split]:
+def split_at(split: Split, index: Tensor) -> tuple[Split, Split]:
     """(the others, those at `index`), both in the order of `split`."""
     chosen = torch.zeros(len(split.labels), dtype=torch.bool)
     chosen[index] = True
@@ -244,16 +264,77 @@ def divide(split: Split, index: Tensor) -> tuple[Split, Split]:
     return split.select(~chosen), split.select(chosen)
 
 
+SPLITS = {"test": "test", "val": "validation", "train": "training"}  # for --split, and in words
+
+
+def load_split(name: str, data_dir: Path, checkpoint: dict[str, Any], device: torch.device) -> Split:
+    """The "test", "val" or "train" images of a checkpoint's training, as they are on disk.
+
+    Raises UserError where it held out none, or where `data_dir` has other images than it was trained on.
+    """
+    if name == "test":
+        return load_mnist(data_dir, train=False, device=device)
+    everything = load_mnist(data_dir, train=True, device=device)
+    if crc32(everything) != checkpoint["data_crc"]:
+        raise UserError(f"--split {name}: {data_dir} has other images than this checkpoint was trained on")
+    rest, held_out = make_splits(everything, *(checkpoint["recipe"][key] for key in ("val_size", "folds", "fold")))
+    if name == "val" and held_out is None:
+        raise UserError("--split val: this training held out no images; train with --val-size or --folds")
+    return rest if name == "train" else held_out
+
+
+def crc32(split: Split) -> int:
+    """The checksum of the images by which a data set is known again."""
+    return zlib.crc32(split.images.cpu().numpy())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches and augmentation
 
 
-def normalize(images: Tensor) -> Tensor:
-    """(..., 28, 28) with ink 1 on 0 -> the network's input, of standard deviation 1 over MNIST.
+class Loader:
+    """Shuffled and augmented batches (images float (B, 1, 28, 28), labels (B,)) of a Split, like a DataLoader's.
 
-    The usual mean of 0.1307 is not subtracted: paper stays 0, as the convolutions' zero padding has it.
+    The images of an epoch depend on `seed`, `batch_size` and the number given to `set_epoch`, not on the epochs
+    before. A last batch of one image, which has no variance to normalise by, joins the one before.
     """
-    return images / STD
+
+    def __init__(self, split: Split, batch_size: int, augmentation: Augmentation, seed: int) -> None:
+        self.split, self.augmentation, self.seed = split, augmentation, seed
+        self.epoch = 0
+        full, rest = divmod(len(split.labels), batch_size)
+        self.sizes = [batch_size] * full + [rest] * (rest > 0)
+        if rest == 1 and full:
+            self.sizes[-2:] = [batch_size + 1]
+        # Augment many batches at a time: few calls, and what they make still fits a CPU's cache.
+        together = max(1, 1024 // batch_size)
+        self.chunks = [self.sizes[i : i + together] for i in range(0, len(self.sizes), together)]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and augmentation of the next pass, as `DistributedSampler.set_epoch` does."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = self.split
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+        order = torch.randperm(len(labels), generator=generator).to(images.device)
+        for sizes, index in zip(self.chunks, order.split([sum(sizes) for sizes in self.chunks])):
+            x = augment(images[index].float().div_(255), self.augmentation, generator)
+            yield from zip(x.split(sizes), labels[index].split(sizes))
+
+
+def augment(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+    """What happens to training images, at random for each: float (N, 1, 28, 28), ink 1 on paper 0, to the same.
+
+    The place for your own. N is about 1,000, and a transform of torchvision draws once for all images that it is
+    given; so draw N numbers for N images, from `generator`: `torch.rand(len(images), generator=generator)`.
+    """
+    matrices, displacements = augmentation.sample(len(images), generator)
+    device = images.device
+    return warp(images, matrices.to(device), displacements.to(device), grid_basis(device))
 
 
 ELASTIC_GRID = 5  # K: control points of the elastic distortion along each side
@@ -300,6 +381,7 @@ def affine_matrices(angle: Tensor, translate: Tensor, scale: Tensor, shear: Tens
     return torch.cat([inverse, offset], 2)
 
 
+@functools.lru_cache
 def grid_basis(device: torch.device) -> Tensor:
     """(3 + K * K, 784): x, y and 1 of each pixel, then each elastic control point's bicubic bump, in half images."""
     whole = [1, 1, IMAGE_SIZE, IMAGE_SIZE]
@@ -320,92 +402,31 @@ def warp(images: Tensor, matrices: Tensor, displacements: Tensor, basis: Tensor)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-class Loader:
-    """Batches of (normalised images float (B, 1, 28, 28), labels (B,)) from a Split, like a DataLoader's.
-
-    Shuffled and augmented if an Augmentation is given, in order and unchanged otherwise. The images of an epoch
-    depend on `seed`, `batch_size` and the number given to `set_epoch`, not on the epochs before.
-    """
-
-    def __init__(self, split: Split, batch_size: int, augmentation: Augmentation | None = None, seed: int = 0) -> None:
-        self.split, self.batch_size, self.augmentation, self.seed = split, batch_size, augmentation, seed
-        self.epoch = 0
-        self.basis = grid_basis(split.images.device)
-        # Work on many batches at a time: few calls, and what they make still fits a CPU's cache.
-        self.chunk = max(1, 1024 // batch_size) * batch_size
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.split.labels) / self.batch_size)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and augmentation of the next pass, as `DistributedSampler.set_epoch` does."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        (images, labels), n = self.split, len(self.split.labels)
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-        order = torch.arange(n) if self.augmentation is None else torch.randperm(n, generator=generator)
-        for index in order.to(images.device).split(self.chunk):
-            x, y = images[index].float().div_(255), labels[index]
-            if self.augmentation is not None:
-                matrices, displacements = self.augmentation.sample(len(index), generator)
-                x = warp(x, matrices.to(x.device), displacements.to(x.device), self.basis)
-            yield from zip(normalize(x).split(self.batch_size), y.split(self.batch_size))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-
-
-@torch.inference_mode()
-def predict(model: torch.nn.Module, split: Split, batch_size: int = 500) -> Tensor:
-    """Logits float (N, 10) of the whole split, in eval mode, on its device."""
-    was_training = model.training
-    model.eval()
-    logits = torch.cat([model(x) for x, _ in Loader(split, batch_size)])
-    model.train(was_training)
-    return logits
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Percentage of rows of `logits` (N, 10) whose largest entry is at `labels` (N,)."""
-    return 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
-
-
-def scores(part: str, logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Cross-entropy and accuracy of `logits` (N, 10), called after the `part` of the data: "val_loss" and so on."""
-    return {f"{part}_loss": F.cross_entropy(logits, labels).item(), f"{part}_accuracy": accuracy(logits, labels)}
-
-
-def confusion_matrix(predictions: Tensor, labels: Tensor) -> Tensor:
-    """Counts int64 (10, 10): row is the true digit, column the predicted one."""
-    return torch.bincount(labels * 10 + predictions, minlength=100).view(10, 10)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ones with a flag, sevens with a bar, nines with a tail. A point is a complex number: x + iy, in pixels, y down.
+# National variants: ones with a flag, sevens with a bar, nines with a tail, drawn once on training images.
+# A point is a complex number: x + iy, in pixels, y down.
 
 ROOM = 10  # pixels around an image, for strokes that leave it until it is centred again
 
 
-def draw_foreign_shapes(split: Split, share: float, seed: int) -> Split:
+def draw_variants(split: Split, share: float, seed: int) -> Split:
     """`split` with a flag on `share` of its ones, a bar on as many of its sevens, a tail on as many of its nines.
 
     MNIST's writers were Americans, who hardly ever draw these. All other images stay as they are.
     """
-    generator = torch.Generator().manual_seed(derive_seed(seed, use=SHAPES))
+    generator = torch.Generator().manual_seed(derive_seed(seed, use=VARIANTS))
     images, labels = split.images.cpu().clone(), split.labels.cpu()
     for digit in (1, 7, 9):
         candidates = (labels == digit).nonzero().squeeze(1)
         order = torch.randperm(len(candidates), generator=generator)
         chosen = candidates[order[: round(share * len(candidates))]]
         ink = F.pad(images[chosen, 0] / 255, [ROOM] * 4)
-        ink = center_by_mass(draw_foreign_shape(ink, digit, generator))
+        ink = center_by_mass(draw_variant(ink, digit, generator))
         images[chosen, 0] = (255 * ink).round().byte()
     return Split(images.to(split.images.device), split.labels)
 
 
-def draw_foreign_shape(ink: Tensor, digit: int, generator: torch.Generator) -> Tensor:
+def draw_variant(ink: Tensor, digit: int, generator: torch.Generator) -> Tensor:
     """`ink` (N, side, side), 0 to 1, of ones, sevens or nines, with what belongs to `digit` drawn on each."""
     side = ink.shape[1]
     inked_rows = (ink > 0.5).any(2).int()
@@ -474,57 +495,64 @@ def pixel_grid(side: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimiser, schedule, weight averaging
+# Optimiser and schedule
 
 
-def make_optimizer(model: torch.nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD with Nesterov momentum, each step one fused call; the momentum is there, as zeros, before the first step."""
-    optimizer = torch.optim.SGD(
+def make_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, each step one fused call. Any other of torch.optim may stand here."""
+    return torch.optim.SGD(
         model.parameters(), lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay, fused=True
     )
-    for parameter in model.parameters():
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
 
 
-def one_cycle(step: int, total: int, lr: float, peak_lr: float, warmup: float) -> float:
-    """Learning rate of `step` (0 to total - 1) in one cycle (Smith & Topin, 2018).
+def make_schedule(
+    optimizer: torch.optim.Optimizer, lr: float, peak_lr: float, warmup: float, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """One cycle (Smith & Topin, 2018), stepped after each step of the optimiser. Any other scheduler may stand here.
 
-    It starts at `lr`, rises to `peak_lr` along half a cosine during the first `warmup` (0 to 1) of
-    all steps and falls along another towards 0, which step `total` would reach.
+    The rate starts at `lr`, rises to `peak_lr` along half a cosine during the first `warmup` (0 to 1) of all `steps`
+    and falls along another towards 0, which it reaches behind the last one.
     """
-    rise = warmup * total
-    if step < rise:
-        return peak_lr + (lr - peak_lr) * (1 + math.cos(math.pi * step / rise)) / 2
-    return peak_lr * (1 + math.cos(math.pi * (step - rise) / (total - rise))) / 2
-
-
-class WeightAverage:
-    """Exponential moving average of a network's weights over about `steps` steps, in `model`, without dropout.
-
-    The first step copies the weights; after n, a new one weighs 1 / (1 + n / 10) until that falls to 1 / `steps`.
-    Running statistics are not averaged: `torch.optim.swa_utils.update_bn` measures them.
-    """
-
-    def __init__(self, model: Net, steps: float) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False)
-        self.model.scale_dropout(0)
-        self.steps, self.count = steps, 0
-
-    @torch.no_grad()
-    def update(self, model: Net) -> None:
-        """Take in the present weights of `model`."""
-        weight = max(1 / self.steps, 1 / (1 + self.count / 10))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)
-        self.count += 1
+    # OneCycleLR counts from 0 to total_steps - 1, and the peak is at pct_start * total_steps - 1.
+    pct_start = (warmup * steps + 1) / (steps + 1) if warmup else 0.0
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peak_lr, total_steps=steps + 1, pct_start=pct_start, div_factor=peak_lr / lr,
+        final_div_factor=math.inf, cycle_momentum=False,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files: written whole or not at all, read with suspicion
+# Prediction and counts
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits float (N, 10), on the device of both, for uint8 images (N, 1, 28, 28); leaves `model` in eval mode."""
+    model.eval()
+    return torch.cat([model(batch / 255) for batch in images.split(500)])
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Percentage of rows of `logits` (N, 10) whose largest entry is at `labels` (N,)."""
+    return 100 * (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+def scores(part: str, logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Cross-entropy and accuracy of `logits` (N, 10), called after the `part` of the data: "val_loss" and so on."""
+    return {f"{part}_loss": F.cross_entropy(logits, labels).item(), f"{part}_accuracy": accuracy(logits, labels)}
+
+
+def confusion_matrix(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Counts int64 (10, 10): row is the true digit, column the predicted one."""
+    return torch.bincount(labels * CLASSES + predictions, minlength=CLASSES**2).view(CLASSES, CLASSES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints and other files: written whole or not at all, read with suspicion
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on leaving it becomes `path` at once, after an error it is gone.
 
     The name is fixed, so what a killed process left there is overwritten by the next.
@@ -546,7 +574,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all; UserError if the place cannot be written."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -560,7 +588,7 @@ def save_checkpoint(path: Path, model: Net, **contents: Any) -> None:
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     buffer = io.BytesIO()  # in memory first: torch.save reports a full disk in its own, longer words
     torch.save({"architecture": model.architecture, "model": weights, "versions": versions(), **contents}, buffer)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
 
@@ -579,17 +607,28 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             if file.read(4) != b"PK\x03\x04" or archive.testzip():
                 raise ValueError("wrong beginning or checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        kinds = {"architecture": dict, "model": dict, "recipe": dict, "metrics": dict, "epoch": int}
-        if any(type(checkpoint[part]) is not kind for part, kind in kinds.items()):
-            raise ValueError("parts are of another kind")
+        check_parts(checkpoint)
     except FileNotFoundError as error:
         hint = "make one with `python train.py`, or use the released one, assets/mnist_cnn.pt"
         raise UserError(f"no checkpoint at {path}: {hint}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged or crafted archive makes zipfile and torch raise nearly anything
-        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})") from error
+        raise UserError(f"{path} is damaged or not a checkpoint of this train.py ({error!r:.150})") from error
     return checkpoint
+
+
+def check_parts(checkpoint: dict[str, Any]) -> None:
+    """Raise ValueError, or whatever a spoilt value raises, unless all parts of a checkpoint are there and sound."""
+    kinds = {"architecture": dict, "model": dict, "recipe": dict, "history": list, "metrics": dict, "data_crc": int}
+    for part, kind in kinds.items():
+        if type(checkpoint.get(part)) is not kind:
+            raise ValueError(f"its part {part!r} is missing or of another kind")
+    if any(type(checkpoint["recipe"][name]) is not int for name in ("val_size", "folds", "fold")):
+        raise ValueError("recipe")
+    needed = {"epoch", "learning_rate", "dropout_factor", "train_loss", "train_accuracy", *checkpoint["history"][-1]}
+    if not all(math.isfinite(entry[name]) for entry in checkpoint["history"] for name in needed):
+        raise ValueError("history")
 
 
 def load_model(path: Path, device: torch.device) -> tuple[Net, dict[str, Any]]:
@@ -599,44 +638,30 @@ def load_model(path: Path, device: torch.device) -> tuple[Net, dict[str, Any]]:
     """
     checkpoint = load_checkpoint(path)
     try:
-        if not 1 <= checkpoint["architecture"]["width"] <= MAX_WIDTH:
-            raise ValueError("width")
         model = Net(**checkpoint["architecture"])
-        load_tensors(model.state_dict(), checkpoint["model"])
+        require_like(checkpoint["model"], model.state_dict())
+        model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path} holds another network than this model.py, or damaged weights ({error})") from error
-    return place(model, device).eval(), checkpoint
+    return to_device(model, device).eval(), checkpoint
 
 
-def load_tensors(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Copy `values` into `targets`, the tensors of a state_dict(); after an error, some may have been copied.
+def require_like(value: Any, expected: Any, name: str = "") -> None:
+    """Raise ValueError, with the name of the part, unless `value` is built as `expected` is and its numbers are finite.
 
-    Raises ValueError unless names, shapes and types are the same and all numbers finite.
+    That is: dicts of the same keys, sequences of the same length, tensors of the same shape and type.
     """
-    if values.keys() != targets.keys():
-        raise ValueError(f"{', '.join(sorted(values.keys() ^ targets.keys())[:3])} in one of them only")
-    for name, target in targets.items():
-        value = values[name]
-        if value.shape != target.shape or value.dtype != target.dtype or not value.isfinite().all():
+    if isinstance(expected, dict) and isinstance(value, dict) and value.keys() == expected.keys():
+        for key in expected:
+            require_like(value[key], expected[key], f"{name}.{key}" if name else str(key))
+    elif isinstance(expected, dict) and isinstance(value, dict):
+        raise ValueError(f"{', '.join(sorted(map(str, value.keys() ^ expected.keys()))[:3])} in one of them only")
+    elif type(value) is not type(expected):
+        raise ValueError(name)
+    elif isinstance(expected, (list, tuple)):
+        require_like(dict(enumerate(value)), dict(enumerate(expected)), name)
+    elif isinstance(expected, Tensor):
+        if value.shape != expected.shape or value.dtype != expected.dtype or not value.isfinite().all():
             raise ValueError(name)
-        with torch.no_grad():
-            target.copy_(value)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; UserError if another one holds it. Ends with the process, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if fcntl:
-            handle = os.open(folder, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another training writes to {folder}; wait for it or choose another --out") from error
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-    try:
-        yield
-    finally:
-        if fcntl:
-            os.close(handle)
+    elif isinstance(expected, float) and not math.isfinite(value):
+        raise ValueError(name)
