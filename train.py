@@ -365,10 +365,11 @@ def choose_recipe(overrides: dict[str, Any], last: Path | None) -> Recipe:
 
 def stored_recipe(path: Path) -> Recipe:
     """The recipe of a checkpoint; UserError if it is damaged or of another version."""
+    stored = utils.load_checkpoint(path)["recipe"]
     try:
-        return Recipe(**utils.load_checkpoint(path)["recipe"])
-    except TypeError as error:
-        raise UserError(f"{path} cannot be resumed, its recipe is damaged or of another version: {error}") from error
+        return Recipe(**stored)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{path} cannot be resumed, its recipe is of another version or damaged ({error!r:.150})") from error
 
 
 def check_same(recipe: Recipe, path: Path, settings: dict[str, Any]) -> None:

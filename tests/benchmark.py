@@ -119,11 +119,12 @@ def train_py() -> Work:
     """A whole short run of train.py's own loop: dropout has the share of it that it has of a long one."""
     recipe = train.Recipe(epochs=1)
     split = utils.load_mnist(ROOT / "data", train=True, device=CPU)
-    run, loss_fn = train.begin(recipe, CPU, data_crc=0), train.make_loss(recipe, CPU)
+    loss_fn = train.make_loss(recipe, CPU)
 
     def train_on(images: int) -> None:
         loader = utils.Loader(split.select(slice(images)), recipe.batch_size, recipe.augmentation, recipe.seed)
-        train.train_epoch(run, loader, loss_fn, recipe, epoch=0)
+        run = train.build_run(recipe, CPU, data_crc=0, steps=len(loader))
+        train.train_epoch(run, loader, loss_fn, epoch=0)
 
     train_on(640)
     return partial(train_on, IMAGES), IMAGES
@@ -147,14 +148,14 @@ def floor() -> Work:
 def evaluation() -> Work:
     """The logits of the whole test set."""
     test_split = utils.load_mnist(ROOT / "data", train=False, device=CPU)
-    model = utils.place(Net(), CPU)
-    utils.predict(model, test_split.select(slice(1000)))
-    return partial(utils.predict, model, test_split), len(test_split.labels)
+    model = utils.to_device(Net(), CPU)
+    utils.predict(model, test_split.images[:1000])
+    return partial(utils.predict, model, test_split.images), len(test_split.labels)
 
 
 def own_images() -> Work:
     """Reading 60 photos, from file to prediction: test digits in dark ink on light paper of 1200 x 900 pixels."""
-    folder, model = tempfile.TemporaryDirectory(), utils.place(Net(), CPU).eval()
+    folder, model = tempfile.TemporaryDirectory(), utils.to_device(Net(), CPU).eval()
     for index, digit in enumerate(utils.load_mnist(ROOT / "data", train=False, device=CPU).images[:60, 0].numpy()):
         photo, ink = Image.new("L", (1200, 900), 220), Image.fromarray(digit).resize((560, 560))
         photo.paste(50, (320, 170), mask=ink)
@@ -169,11 +170,10 @@ def own_images() -> Work:
 
 
 def first_step() -> Work:
-    """`python train.py` until its second step asks for a learning rate, as one image."""
+    """`python train.py` until its first step is done, as one image."""
     script = """if True:
         import sys, train, utils
-        learning_rate = train.learning_rate
-        train.learning_rate = lambda step, *rest: sys.exit() if step else learning_rate(step, *rest)
+        train.update_average = lambda *_: sys.exit()
         utils.run_script(train.main)"""
     command = [sys.executable, "-c", script, "--device", "cpu", "--dry-run"]  # so that nothing is written
     return partial(subprocess.run, command, cwd=ROOT, check=True), 1

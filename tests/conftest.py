@@ -135,7 +135,7 @@ def refuse(call: Callable[..., tuple[str, str]]) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def trained(run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a short finished training: model.pt, last.pt, history.json."""
+    """The folder of a short finished training: model.pt and last.pt."""
     out = tmp_path_factory.mktemp("trained")
     run("train.py", "--epochs", 3, "--val-size", 400, "--dropout-until", 0, "--out", out)
     return out

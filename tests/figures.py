@@ -1,4 +1,4 @@
-"""README's two figures that no script draws: `python tests/figures.py foreign` and `python tests/figures.py accuracy`.
+"""README's two figures that no script draws: `python tests/figures.py variants` and `python tests/figures.py accuracy`.
 
 The second trains for about two hours on 2 cores, into checkpoints/accuracy; what it finds there it does not repeat.
 """
@@ -37,10 +37,10 @@ PLAIN_SEEDS = 3
 COLUMNS = 12
 
 
-def draw_foreign(path: Path) -> None:
-    """Ones, sevens and nines of MNIST, and the same with what `utils.draw_foreign_shapes` adds."""
+def draw_variants(path: Path) -> None:
+    """Ones, sevens and nines of MNIST, and the same with what `utils.draw_variants` adds."""
     digits = utils.load_mnist(ROOT / "data", train=True, device=CPU)
-    drawn = utils.draw_foreign_shapes(digits, share=0.25, seed=0)
+    drawn = utils.draw_variants(digits, share=0.25, seed=0)
     changed = (digits.images != drawn.images).flatten(1).any(1)
     figure, axes = sheet(
         "Ones with a flag, sevens with a bar, nines with a tail",
@@ -61,10 +61,9 @@ def train_py(epochs: int) -> list[tuple[float, float]]:
     out = RUNS / f"epochs-{epochs}"
     command = [sys.executable, "train.py", "--runs", SEEDS, "--epochs", epochs, "--out", out, "--resume"]
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
-    histories = [json.loads((out / f"seed-{seed}" / "history.json").read_text()) for seed in range(SEEDS)]
-    seconds = [sum(entry["seconds"] for entry in history) for history in histories]
-    accuracies = [run["test_accuracy"] for run in json.loads((out / "runs.json").read_text())["runs"]]
-    return list(zip(seconds, accuracies))
+    checkpoints = [utils.load_checkpoint(out / f"seed-{seed}" / "model.pt") for seed in range(SEEDS)]
+    seconds = [sum(entry["seconds"] for entry in checkpoint["history"]) for checkpoint in checkpoints]
+    return list(zip(seconds, (checkpoint["metrics"]["test_accuracy"] for checkpoint in checkpoints)))
 
 
 def train_the_plain_way(seed: int) -> tuple[float, float]:
@@ -123,11 +122,11 @@ def draw_accuracy(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("figure", choices=("foreign", "accuracy"))
+    parser.add_argument("figure", choices=("variants", "accuracy"))
     figure = parser.parse_args().figure
     matplotlib.use("Agg")
     plt.rcParams.update(STYLE)
-    {"foreign": draw_foreign, "accuracy": draw_accuracy}[figure](ROOT / "assets" / f"{figure}.png")
+    {"variants": draw_variants, "accuracy": draw_accuracy}[figure](ROOT / "assets" / f"{figure}.png")
 
 
 if __name__ == "__main__":

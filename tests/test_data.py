@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from conftest import CPU, ROOT, flip, idx, mnist, write_mnist
 from torchvision.datasets import MNIST
+from torchvision.transforms import ToTensor
 
 import utils
 from model import Net
@@ -43,9 +44,9 @@ def test_images_and_labels_are_torchvisions(tmp_path: Path) -> None:
     assert torch.equal(ours.images[:, 0], theirs.data) and torch.equal(ours.labels, theirs.targets)
 
 
-@pytest.mark.parametrize("layout", ["MNIST/raw", "."])
+@pytest.mark.parametrize("layout", ["MNIST/raw", ".", "FashionMNIST/raw", "raw"])
 @pytest.mark.parametrize("packed", [True, False])
-def test_files_are_found_packed_or_not_in_both_layouts(layout: str, packed: bool, tmp_path: Path) -> None:
+def test_files_are_found_packed_or_not_in_each_layout(layout: str, packed: bool, tmp_path: Path) -> None:
     write_mnist(tmp_path / layout, train=50, test=20)
     if packed:
         for name in NAMES:
@@ -66,8 +67,9 @@ DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {  # the file, w
     "empty": (IMAGES, lambda data: b"", "damaged"),
     "not IDX": (IMAGES, lambda data: b"<html>404</html>", "not an IDX file"),
     "enormous": (IMAGES, lambda data: bytes([0, 0, 8, 3]) + 12 * b"\xff", "declares"),
-    "32x32": (IMAGES, lambda data: idx(np.zeros((20, 32, 32))), "20 x 32 x 32"),
-    "label 10": (LABELS, lambda data: idx(np.full(20, 10)), "0 to 9"),
+    "not square": (IMAGES, lambda data: idx(np.zeros((20, 28, 20))), "20 x 28 x 20"),
+    "32x32": (IMAGES, lambda data: idx(np.zeros((20, 32, 32))), "IMAGE_SIZE = 32 in model.py"),
+    "label 10": (LABELS, lambda data: idx(np.full(20, 10)), "CLASSES = 11 in model.py"),
     "other number": (LABELS, lambda data: idx(np.zeros(19)), "19 labels"),
     "gzip cut": (PACKED, lambda data: gzip.compress(data)[:2000], PACKED),
     "gzip sum": (PACKED, lambda data: flip(gzip.compress(data), -5), PACKED),
@@ -131,12 +133,23 @@ def split(test_split: Split) -> Split:
     return test_split.select(index)
 
 
-def test_plain_loader_is_the_data_in_order_normalised(split: Split) -> None:
-    loader = Loader(split, 64)
+def test_two_other_data_sets_in_one_folder_are_one_line(refuse, tmp_path: Path) -> None:
+    for name in ("EMNIST", "KMNIST"):
+        write_mnist(tmp_path / name / "raw", train=50, test=20)
+    refuse("train.py", "--data-dir", tmp_path, "--out", tmp_path / "out", words=["several data sets", "EMNIST/raw"])
+    write_mnist(tmp_path / "MNIST/raw", train=30, test=20)
+    assert len(utils.load_mnist(tmp_path, train=True, device=CPU).labels) == 30  # MNIST goes first
+
+
+@pytest.mark.parametrize(
+    "count, size, sizes",
+    [(230, 64, [64, 64, 64, 38]), (129, 64, [64, 65]), (65, 64, [65]), (1, 64, [1]), (101, 50, [50, 51])],
+)
+def test_a_last_batch_of_one_image_joins_the_one_before(split: Split, count: int, size: int, sizes: list[int]) -> None:
+    loader = Loader(split.select(slice(count)), size, Augmentation(), seed=0)
     batches = list(loader)
-    assert len(loader) == len(batches) == 4 and [len(y) for _, y in batches] == [64, 64, 64, 38]
-    torch.testing.assert_close(torch.cat([x for x, _ in batches]), split.images / 255 / 0.3081)
-    assert torch.equal(torch.cat([y for _, y in batches]), split.labels)
+    assert len(loader) == len(batches)
+    assert [len(x) for x, _ in batches] == [len(y) for _, y in batches] == sizes
 
 
 def test_shuffled_loader_shows_each_image_once_and_depends_on_seed_and_epoch_only(split: Split) -> None:
@@ -145,7 +158,7 @@ def test_shuffled_loader_shows_each_image_once_and_depends_on_seed_and_epoch_onl
         loader.set_epoch(number)
         return torch.cat([x for x, _ in loader])
 
-    first, images = epoch(0, 3), torch.cat([x for x, _ in Loader(split, 64)])
+    first, images = epoch(0, 3), split.images / 255
     assert not torch.equal(first, images)
     torch.testing.assert_close(first.flatten(1).sum(1).sort().values, images.flatten(1).sum(1).sort().values)
     torch.rand(5)  # the global generator has no part in it
@@ -154,25 +167,25 @@ def test_shuffled_loader_shows_each_image_once_and_depends_on_seed_and_epoch_onl
 
 
 @pytest.mark.parametrize("size", [10, 23, 100, 229])
-def test_hold_out_is_stratified_disjoint_and_whole(split: Split, size: int) -> None:
+def test_validation_split_is_stratified_disjoint_and_whole(split: Split, size: int) -> None:
     tagged = Split(torch.arange(230), split.labels)
-    rest, held = utils.hold_out(tagged, size)
+    rest, held = utils.validation_split(tagged, size)
     assert len(held.labels) == size
     assert sorted(torch.cat([rest.images, held.images]).tolist()) == list(range(230))
     counts = torch.bincount(held.labels, minlength=10)
     assert counts.max() - counts.min() <= 1
-    assert torch.equal(utils.hold_out(tagged, size)[1].images, held.images)
+    assert torch.equal(utils.validation_split(tagged, size)[1].images, held.images)
 
 
 def test_the_validation_images_are_those_of_the_published_figures() -> None:
     """Validation figures in README compare only while `--val-size 10000` holds out the same images."""
-    _, held = utils.hold_out(Split(torch.arange(60_000), mnist(train=True).labels), 10_000)
+    _, held = utils.validation_split(Split(torch.arange(60_000), mnist(train=True).labels), 10_000)
     assert held.images[:5].tolist() == [2, 7, 9, 11, 13] and int(held.images.sum()) == 300_517_329
 
 
 def test_folds_are_stratified_and_cover_everything_once(split: Split) -> None:
     tagged = Split(torch.arange(230), split.labels)
-    folds = [utils.fold_out(tagged, 4, fold) for fold in (1, 2, 3, 4)]
+    folds = [utils.fold_split(tagged, 4, fold) for fold in (1, 2, 3, 4)]
     assert torch.cat([held.images for _, held in folds]).sort().values.tolist() == list(range(230))
     for rest, held in folds:
         assert sorted(torch.cat([rest.images, held.images]).tolist()) == list(range(230))
@@ -180,11 +193,11 @@ def test_folds_are_stratified_and_cover_everything_once(split: Split) -> None:
         assert counts.min() >= 5 and counts.max() <= 6  # 23 of each digit
 
 
-def test_predict_and_accuracy(split: Split) -> None:
-    model = Net().train()
-    logits = utils.predict(model, split, batch_size=50)
-    assert model.training and logits.shape == (230, 10)
-    x = torch.cat([x for x, _ in Loader(split, 230)])
+def test_predict_and_accuracy(test_split: Split) -> None:
+    """The network's input is what torchvision's ToTensor makes of a picture: here 600 pictures, two batches."""
+    model, images = Net(), test_split.images[:600]
+    logits = utils.predict(model.train(), images)
+    x = torch.stack([ToTensor()(image.numpy()) for image in images[:, 0]])
     torch.testing.assert_close(logits, model.eval()(x).detach(), atol=1e-5, rtol=1e-5)
     assert utils.accuracy(torch.eye(10)[[1, 2, 3, 4]], torch.tensor([1, 2, 3, 0])) == 75.0
 
@@ -232,3 +245,36 @@ def test_augmentation_stays_in_its_ranges_and_fills_them() -> None:
         span = high - low
         assert low - 1e-3 * span <= values.min() < low + 0.02 * span
         assert high - 0.02 * span < values.max() <= high + 1e-3 * span
+
+
+def test_each_image_is_augmented_for_itself_and_by_the_generator_alone() -> None:
+    same = mnist(train=True).images[:1].expand(50, -1, -1, -1) / 255
+    augmentation = Augmentation(rotation=10, scale=0.1, translate=0.1, shear=10, elastic=0.5)
+    first, again = (utils.augment(same, augmentation, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(first, again) and first.shape == same.shape
+    assert len(first.unique(dim=0)) == 50
+    torch.testing.assert_close(utils.augment(same, Augmentation(), torch.Generator()), same, atol=1e-4, rtol=0)
+
+
+# --- the splits of a training ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{"val_size": 400}, {"folds": 4, "fold": 2}])
+def test_splits_of_a_checkpoint_are_those_of_its_training(settings: dict, data_dir: Path) -> None:
+    recipe = {"val_size": 0, "folds": 0, "fold": 0, **settings}
+    everything = utils.load_mnist(data_dir, train=True, device=CPU)
+    checkpoint = {"recipe": recipe, "data_crc": utils.crc32(everything)}
+    rest, held_out = utils.make_splits(everything, **recipe)
+    for name, expected in (("train", rest), ("val", held_out), ("test", utils.load_mnist(data_dir, False, CPU))):
+        found = utils.load_split(name, data_dir, checkpoint, CPU)
+        assert torch.equal(found.images, expected.images) and torch.equal(found.labels, expected.labels)
+
+
+@pytest.mark.parametrize("script", ["test_model.py", "visualize_errors.py"])
+def test_split_that_cannot_be_had_is_one_line(script: str, refuse, trained: Path, tiny: Path, tmp_path: Path) -> None:
+    flags = ("--checkpoint", trained / "model.pt", "--split", "val")
+    refuse(script, *flags, "--data-dir", tiny, words=["--split val", "other images than this checkpoint"])
+    checkpoint = utils.load_checkpoint(trained / "model.pt")
+    checkpoint["recipe"]["val_size"] = 0
+    torch.save(checkpoint, tmp_path / "model.pt")
+    refuse(script, "--checkpoint", tmp_path / "model.pt", "--split", "val", words=["held out no images", "--val-size"])

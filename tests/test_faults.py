@@ -22,6 +22,7 @@ import torch
 from conftest import CPU, MAINS, ROOT, flip
 from test_training import assert_same_bits
 
+import train
 import utils
 from utils import UserError
 
@@ -51,8 +52,8 @@ utils.run_script(train.main)
 """
 
 
-# Each epoch replaces last.pt, then history.json; the run's end reads the test set.
-@pytest.mark.parametrize("moment", [("replace", 1), ("replace", 4), ("predict", 1)])
+# Each epoch replaces last.pt; the run's end reads the test set.
+@pytest.mark.parametrize("moment", [("replace", 1), ("replace", 2), ("predict", 1)])
 def test_a_killed_training_is_whole_and_resumes_to_the_same_bits(moment: tuple, call, tiny, tmp_path: Path) -> None:
     flags = ("--epochs", 3, "--batch-size", 16, "--dropout-until", 0.5, "--data-dir", tiny)
     call("train.py", *flags, "--out", tmp_path / "undisturbed")
@@ -64,7 +65,7 @@ def test_a_killed_training_is_whole_and_resumes_to_the_same_bits(moment: tuple, 
         utils.load_model(path, CPU)
     call("train.py", "--resume", "--data-dir", tiny, "--out", out)
     assert_same_bits(tmp_path / "undisturbed" / "model.pt", out / "model.pt")
-    assert sorted(p.name for p in out.iterdir()) == ["history.json", "last.pt", "model.pt"]
+    assert sorted(p.name for p in out.iterdir()) == ["last.pt", "model.pt"]
 
 
 def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> 
     utils.write_json(target, 1)
     program = (
         "import os, signal, sys, utils\nfrom pathlib import Path\n"
-        "with utils.replacing(Path(sys.argv[1])) as temporary:\n"
+        "with utils.atomic_write(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_bytes(b'half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     assert subprocess.run([sys.executable, "-c", program, str(target)], cwd=ROOT).returncode == -signal.SIGKILL
@@ -97,28 +98,31 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_interrupt_and_a_second_training_into_the_same_folder(refuse, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stop_and_a_second_training_into_the_same_folder(stop, refuse, tiny: Path, tmp_path: Path) -> None:
     process = start("--epochs", 1000, "--data-dir", tiny, "--out", tmp_path)
-    wait_for(tmp_path / "history.json", process)
+    wait_for(tmp_path / "last.pt", process)
     refuse("train.py", "--epochs", 1, "--out", tmp_path, words=["another training writes to", tmp_path])
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     _, errors = process.communicate()
     assert process.returncode == 130 and "go on with --resume" in errors and "Traceback" not in errors
     assert utils.load_checkpoint(tmp_path / "last.pt")["recipe"]["epochs"] == 1000
-    with utils.locked(tmp_path):  # the lock went with the process
+    with train.locked(tmp_path):  # the lock went with the process
         pass
 
 
-def test_ctrl_c_stops_all_of_several_runs(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [os.killpg, os.kill])
+def test_stopping_several_runs_stops_all_of_them(stop: Callable, tiny: Path, tmp_path: Path) -> None:
+    """Ctrl-C in a terminal reaches every process, SIGTERM the parent alone."""
     process = start("--runs", 3, "--jobs", 2, "--epochs", 1000, "--data-dir", tiny, "--out", tmp_path)
     for seed in (0, 1):
-        wait_for(tmp_path / f"seed-{seed}" / "history.json", process)
-    os.killpg(process.pid, signal.SIGINT)
+        wait_for(tmp_path / f"seed-{seed}" / "last.pt", process)
+    stop(process.pid, signal.SIGINT if stop is os.killpg else signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 130 and "the same command with --resume goes on" in errors
     for seed in (0, 1):
         utils.load_checkpoint(tmp_path / f"seed-{seed}" / "last.pt")
-        with utils.locked(tmp_path / f"seed-{seed}"):
+        with train.locked(tmp_path / f"seed-{seed}"):
             pass
     assert not (tmp_path / "seed-2").exists()
 
@@ -218,6 +222,10 @@ BAD: dict[str, Callable[[Good], object]] = {  # the bytes of a file, or what tor
     "list": lambda good: [1, 2],
     "parts missing": lambda good: {"model": good.contents["model"]},
     "code": lambda good: {**good.contents, "metrics": Evil(good.trap)},
+    "of before": lambda good: {k: v for k, v in good.contents.items() if k != "history"},
+    "empty history": lambda good: {**good.contents, "history": []},
+    "history of words": lambda good: {**good.contents, "history": [{**good.contents["history"][0], "seconds": "2"}]},
+    "no split": lambda good: good.with_("recipe", val_size="all"),
     "another width": lambda good: good.with_("architecture", width=3),
     "enormous width": lambda good: good.with_("architecture", width=10**9),
     "unknown word": lambda good: good.with_("architecture", depth=3),

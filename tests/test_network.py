@@ -4,73 +4,81 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from typing import Callable
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.utils.prune
-from conftest import ROOT
+from conftest import CPU, mnist
 
 import model as network
+import train
 import utils
-from model import ADAPTIVE_POOLS, Block, Dropout, Net, count_parameters, layer_table
-
-SPECIFIED = [  # name, output size (C, H, W), parameters: the specification's; RF and jump out: computed by hand
-    ("Input", (1, 28, 28), (), 1, 1),
-    ("Conv1", (12, 28, 28), (108, 12), 3, 1),
-    ("BatchNorm1", (12, 28, 28), (24,), 3, 1),
-    ("MaxPool1", (12, 14, 14), (), 4, 2),
-    ("Conv2", (24, 14, 14), (2592, 24), 8, 2),
-    ("BatchNorm2", (24, 14, 14), (48,), 8, 2),
-    ("MaxPool2", (24, 7, 7), (), 10, 4),
-    ("Conv3", (24, 7, 7), (5184, 24), 18, 4),
-    ("BatchNorm3", (24, 7, 7), (48,), 18, 4),
-    ("Conv4", (12, 7, 7), (288, 12), 18, 4),
-    ("BatchNorm4", (12, 7, 7), (24,), 18, 4),
-    ("AdaptivePool", (12, 3, 3), (), 26, 8),
-    ("FC1", (72,), (7776, 72), None, None),
-    ("FC2", (10,), (720, 10), None, None),
-]
+from model import MAX_WIDTH, Block, Net, layer_table
 
 
-@pytest.mark.parametrize("adaptive_pool", ADAPTIVE_POOLS)
-def test_layer_table_is_the_specifications(adaptive_pool: str) -> None:
-    model = Net(adaptive_pool=adaptive_pool)
-    rows = layer_table(model)
-    assert [(r.name, r.output_size, r.parameters, r.rf, r.jump_out) for r in rows] == SPECIFIED
-    assert count_parameters(model) == sum(sum(r.parameters) for r in rows) == 16_966
-    assert model.training and not any(m._forward_hooks for m in model.modules())
+class Residual(nn.Module):
+    """A block with a path around it."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(c_in, c_out, 3, stride, padding=1)
+        self.norm = nn.BatchNorm2d(c_out)
+        self.around = nn.Conv2d(c_in, c_out, 1, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.inner(x)) + self.around(x)
 
 
-def test_readme_shows_what_the_command_prints(capsys: pytest.CaptureFixture) -> None:
-    network.main()
-    printed = capsys.readouterr().out
-    table = [line for line in printed.splitlines() if line.startswith("|")]
-    assert "\n".join(table) in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{12 * 9 * 784 + 24 * 108 * 196 + (24 * 216 + 24 * 12) * 49 + 108 * 72 + 720:,} per image" in printed
+class SqueezeExcite(nn.Module):
+    """Channels weighted by what the whole image holds (Hu et al., 2018)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weights = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, channels, 1), nn.Sigmoid())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weights(x)
 
 
 def test_an_edited_network_has_a_table() -> None:
-    model = Net()
+    model, number = Net(), len(Net().blocks) + 1
     model.blocks[1].conv = nn.Conv2d(12, 24, 3, padding=2, dilation=2)
     model.blocks[2].norm = nn.GroupNorm(4, 24)
     model.blocks.append(Block(12, 12, 3, nn.AvgPool2d(2), nn.ReLU(), 0.4))
     rows = {row.name: row for row in layer_table(model)}
     assert (rows["Conv2"].rf, rows["GroupNorm1"].parameters) == (4 + 4 * 2, (48,))
-    assert (rows["Conv5"].parameters, rows["AvgPool1"].output_size) == ((1296, 12), (12, 3, 3))
+    assert (rows[f"Conv{number}"].parameters, rows["AvgPool1"].output_size) == ((1296, 12), (12, 3, 3))
 
 
-def test_receptive_field_is_what_the_gradient_sees() -> None:
-    """The central output of block 4 depends on 18 x 18 input pixels and not one more."""
-    blocks = Net().eval().blocks
-    for block in blocks[:2]:
-        block.pool = nn.AvgPool2d(2)  # max pooling's windows, and lets every pixel through
-    image = torch.randn(1, 1, 28, 28, requires_grad=True)
-    blocks(image)[0, :, 3, 3].sum().backward()
-    rows, columns = (image.grad[0, 0] != 0).any(1), (image.grad[0, 0] != 0).any(0)
-    for seen in (rows.nonzero(), columns.nonzero()):
-        assert int(seen.max() - seen.min()) + 1 == 18
+def test_receptive_fields_end_where_the_network_is_no_chain(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net()
+    model.blocks[1] = nn.Sequential(model.blocks[1], SqueezeExcite(24))
+    rows = layer_table(model)
+    assert [row.rf for row in rows if row.name in ("Conv2", "Conv4")] == [8, None]  # Conv3 weighs the channels
+    model = Net()
+    model.blocks.insert(1, Residual(12, 12, stride=2))
+    names = {row.name: row.rf for row in layer_table(model)}
+    assert names["Conv2"] == 8 and names["Conv4"] is None
+    monkeypatch.setattr(network, "Net", lambda: model)
+    monkeypatch.setattr(sys, "argv", ["model.py"])
+    network.main()
+    assert "they follow no branches" in capsys.readouterr().out
+
+
+def test_model_py_takes_no_flags(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["model.py", "--width", "4"])
+    with pytest.raises(SystemExit, match="2"):
+        network.main()
+    assert "--width" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [0, MAX_WIDTH + 1])
+def test_a_width_out_of_range_is_refused(width: int) -> None:
+    with pytest.raises(ValueError, match=f"width {width}"):
+        Net(width=width)
 
 
 def swap_norm_and_activation(block: Block) -> None:
@@ -116,36 +124,41 @@ EDITS: dict[str, Callable[[Block], object]] = {
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_block_trains_what_plain_pytorch_does(edit: str, number: int) -> None:
-    """Outputs, gradients and running statistics in training mode, against the plain layers in float64."""
-    torch.manual_seed(number)
-    block = Net(dropout=[0.0] * 4).blocks[number]
+    compare_with_plain_pytorch(edit, number, seed=number)
+
+
+def compare_with_plain_pytorch(edit: str, number: int, seed: int) -> None:
+    """Outputs, gradients and running statistics in training mode, against the plain layers, without near ties."""
+    torch.manual_seed(seed)
+    block = Net(dropout=[0.0] * 4).blocks[number].double()
+    side, c_in = (28, 14, 7, 7)[number], block.conv.in_channels
     EDITS[edit](block)
+    block.double()
     for parameter in block.parameters():  # scales of both signs, among others
         nn.init.normal_(parameter)
-    block.dropout = nn.Identity()
-    side = (28, 14, 7, 7)[number]
-    x = torch.rand(16, (1, 12, 24, 24)[number], side, side)
+    x = torch.rand(16, c_in, side, side, dtype=torch.float64)
     block = block.train()
     if edit == "frozen norm":
         block.norm.eval()
-    exact = copy.deepcopy(block).double()
+    plain = copy.deepcopy(block)
 
     out = block(x)
-    expected = exact.act(exact.pool(exact.norm(exact.conv(x.double()))))
+    expected = plain.act(plain.pool(plain.norm(plain.conv(x))))
     weights = torch.randn_like(expected)
-    (out * weights.float()).sum().backward()
+    (out * weights).sum().backward()
     (expected * weights).sum().backward()
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    largest = max(p.grad.abs().max() for p in plain.parameters() if p.grad is not None)  # a bias before a norm has 0
+    for (name, ours), theirs in zip(block.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(ours.grad / largest, theirs.grad / largest, rtol=1e-9, atol=1e-9, msg=name)
+    for ours, theirs in zip(block.buffers(), plain.buffers()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
-    def close(name: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
-        scale = theirs.abs().max().clamp(min=1)
-        assert (ours - theirs).abs().max() <= tolerance * scale, name
 
-    close("output", out, expected, 1e-4)
-    largest = max(p.grad.abs().max() for p in exact.parameters() if p.grad is not None)  # a bias before a norm has 0
-    for (name, ours), theirs in zip(block.named_parameters(), exact.parameters()):
-        close(name, ours.grad / largest, theirs.grad / largest, 1e-4)
-    for (name, ours), theirs in zip(block.named_buffers(), exact.buffers()):
-        close(name, ours, theirs, 1e-5)
+def test_float32_is_enough_for_the_statistics_of_patches() -> None:
+    x = mnist(train=True).images[:64] / 255
+    for ours, exact in zip(network.patch_statistics(x), network.patch_statistics(x.double())):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -191,13 +204,18 @@ def test_memory_format_changes_nothing() -> None:
     torch.manual_seed(0)
     model, x = Net(dropout=[0.0] * 4, fc_dropout=0.0), torch.randn(4, 1, 28, 28)
     expected = model(x)
-    torch.testing.assert_close(utils.place(model, torch.device("cpu"))(x), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(utils.to_device(model, torch.device("cpu"))(x), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_scaled_dropout_reaches_every_layer() -> None:
-    model, x = Net().train(), torch.randn(64, 1, 28, 28)
-    model.scale_dropout(0.5)
-    for layer in (m for m in model.modules() if isinstance(m, Dropout)):
-        assert (layer(torch.ones(10_000)) == 0).double().mean() == pytest.approx(layer.p / 2, abs=0.02)
-    model.scale_dropout(0)
-    assert torch.equal(model(x), model(x))
+def test_dropout_falls_in_layers_of_any_kind_and_is_off_in_the_average() -> None:
+    model = Net()
+    model.blocks[2].dropout = nn.Dropout2d(0.3)
+    rates = train.dropout_rates(model)
+    assert sorted(rates.values()) == sorted([0.1, 0.2, 0.3, 0.4, 0.4])
+    train.set_dropout(rates, 0.5)
+    assert [model.blocks[i].dropout.p for i in (0, 2)] == pytest.approx([0.05, 0.15])
+    assert (model.blocks[0].dropout.train()(torch.ones(10_000)) == 0).double().mean() == pytest.approx(0.05, abs=0.01)
+    run = train.build_run(train.Recipe(), CPU, data_crc=0, steps=1)
+    x = torch.rand(64, 1, 28, 28)
+    assert set(run.dropout.values()) == {0.1, 0.2, 0.3, 0.4}
+    assert torch.equal(run.average.train()(x), run.average(x))

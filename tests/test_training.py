@@ -17,26 +17,34 @@ from conftest import CPU, RELEASED
 
 import train
 import utils
-from model import Net
+from model import Net, count_parameters
 from train import Recipe
-from utils import Loader, UserError
 
 # --- the mathematics, by hand ----------------------------------------------------------------------------------------
 
 
-def test_schedule_is_torchs_one_cycle() -> None:
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.015)
-    # OneCycleLR peaks at step pct_start * total_steps - 1 and ends at total_steps - 1: here 200 and 1000, as ours.
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 0.1, total_steps=1001, pct_start=201 / 1001, div_factor=0.1 / 0.015, final_div_factor=1e12,
-        cycle_momentum=False,
-    )  # fmt: skip
-    for step in range(1000):
-        assert scheduler.get_last_lr()[0] == pytest.approx(utils.one_cycle(step, 1000, 0.015, 0.1, 0.2), abs=1e-9)
-        optimizer.step()
-        scheduler.step()
-    assert utils.one_cycle(0, 10, 0.015, 0.1, warmup=0.0) == pytest.approx(0.1)
-    assert 0.09 < utils.one_cycle(9, 10, 0.015, 0.1, warmup=1.0) < 0.1
+def test_schedule_is_one_cycle() -> None:
+    """From lr along half a cosine to the peak at 200 of 1,000 steps, along another to 0 behind the last."""
+
+    def rates(steps: int, warmup: float) -> list[float]:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+        schedule, found = utils.make_schedule(optimizer, 0.015, 0.1, warmup, steps), []
+        for _ in range(steps):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0 if warmup < 1 else 0.1)
+        return found
+
+    for step, rate in enumerate(rates(1000, 0.2)):
+        if step < 200:
+            expected = 0.1 + (0.015 - 0.1) * (1 + math.cos(math.pi * step / 200)) / 2
+        else:
+            expected = 0.1 * (1 + math.cos(math.pi * (step - 200) / 800)) / 2
+        assert rate == pytest.approx(expected, abs=1e-9)
+    assert 0.09 < rates(10, 0.0)[0] < 0.1 and 0.09 < rates(10, 1.0)[-1] < 0.1
+    for steps in range(1, 30):  # of so short runs a warm-up may be a whole step, or less
+        assert all(0 < rate <= 0.1 + 1e-9 for warmup in (0.0, 0.1, 0.2, 1.0) for rate in rates(steps, warmup))
 
 
 def test_optimizer_is_nesterov_sgd() -> None:
@@ -54,15 +62,13 @@ def test_optimizer_is_nesterov_sgd() -> None:
 
 
 def test_weight_average() -> None:
-    model = Net()
-    average = utils.WeightAverage(model, steps=4)
-    expected = 0.0
+    model, average, expected = Net(), Net(), 0.0
     for step in range(60):
         model.fc2.bias.data.fill_(float(step))
-        average.update(model)
+        train.update_average(average, model, step, length=4)
         weight = 1.0 if step == 0 else max(1 / 4, 1 / (1 + 0.1 * step))
         expected += weight * (step - expected)
-    assert average.model.fc2.bias[0].item() == pytest.approx(expected, rel=1e-4)
+    assert average.fc2.bias[0].item() == pytest.approx(expected, rel=1e-4)
     assert 55 < expected < 57  # 4 steps long: about 3 behind
 
 
@@ -76,7 +82,8 @@ def test_distillation_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(0)
     logits, labels, images = torch.randn(5, 10, generator=g), torch.arange(5), torch.zeros(5, 1, 28, 28)
     answers = {"a": torch.randn(5, 10, generator=g), "b": torch.randn(5, 10, generator=g)}
-    monkeypatch.setattr(utils, "load_model", lambda path, _: (lambda images: answers[path.name], {"recipe": {}}))
+    checkpoint = {"recipe": {"val_size": 0, "folds": 0, "fold": 0}}
+    monkeypatch.setattr(utils, "load_model", lambda path, _: (lambda images: answers[path.name], checkpoint))
     loss_fn = train.make_loss(Recipe(teacher=("a", "b"), temperature=3.0, distill_weight=0.6), CPU)
     target = torch.stack([(answer / 3).softmax(1) for answer in answers.values()]).mean(0)
     soft = -(target * (logits / 3).log_softmax(1)).sum(1).mean() * 9
@@ -87,8 +94,8 @@ def test_distillation_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_statistics_of_the_averaged_network_are_those_of_plain_digits(trained: Path, data_dir: Path) -> None:
     model, checkpoint = utils.load_model(trained / "model.pt", CPU)
     everything = utils.load_mnist(data_dir, train=True, device=CPU)
-    split, _ = train.split_off(everything, Recipe(**checkpoint["recipe"]))
-    x, _ = next(iter(Loader(split.select(slice(None, None, train.PLAIN_EVERY)), 400)))
+    split, _ = utils.make_splits(everything, checkpoint["recipe"]["val_size"], 0, 0)
+    x = split.images[:: train.PLAIN_EVERY] / 255
     for block in model.blocks:
         outputs = block.conv(x)
         torch.testing.assert_close(block.norm.running_mean, outputs.mean((0, 2, 3)), rtol=1e-2, atol=1e-3)
@@ -116,7 +123,7 @@ WIRES = {  # field: (flags, the same with another value of the field)
     "translate": ((), ("--translate", 0)),
     "shear": ((), ("--shear", 0)),
     "elastic": ((), ("--elastic", 0)),
-    "foreign": ((), ("--foreign", 0.5)),
+    "variants": ((), ("--variants", 0.5)),
     "width": ((), ("--width", 2)),
     "activation": ((), ("--activation", "relu")),
     "adaptive_pool": ((), ("--adaptive-pool", "avg")),
@@ -180,7 +187,7 @@ def test_argparse_refuses_the_rest_and_help_names_every_flag_and_default(call, c
     printed = " ".join(printed.split())
     for setting in fields(Recipe):
         assert train.flag(setting.name) in printed
-        assert f"(default: {train.show(setting.default) or 'none'})" in printed
+        assert f"(default: {train.format_value(setting.default) or 'none'})" in printed
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
@@ -189,30 +196,33 @@ def test_argparse_refuses_the_rest_and_help_names_every_flag_and_default(call, c
 def test_train_logs_in_the_specifications_format_and_learns(run, trained: Path, tmp_path: Path) -> None:
     done = run("train.py", "--epochs", 3, "--val-size", 400, "--dropout-until", 0, "--out", tmp_path)
     lines = done.stdout.splitlines()
-    assert lines[:2] == ["Epoch 1", "Learning rate: 0.015000"]
-    assert re.fullmatch(r"Train Loss: \d\.\d{4} \| Accuracy: \d+\.\d\d%", lines[2])
-    assert re.fullmatch(r"Validation Loss: \d\.\d{4} \| Accuracy: \d+\.\d\d%", lines[3])
+    parameters = count_parameters(Net())
+    assert lines[0] == f"Training {parameters:,} parameters on 3,600 images; cpu, 1 thread"
+    assert lines[1:3] == ["Epoch 1", "Learning rate: 0.015000"]
+    assert re.fullmatch(r"Train Loss: \d\.\d{4} \| Accuracy: \d+\.\d\d%", lines[3])
+    assert re.fullmatch(r"Validation Loss: \d\.\d{4} \| Accuracy: \d+\.\d\d%", lines[4])
     final = re.fullmatch(r"Final Test Accuracy: (\d+\.\d\d)%", lines[-1])
     assert float(final[1]) > 92
     assert done.stderr == ""  # the bar is for terminals
 
-    history = json.loads((tmp_path / "history.json").read_text())
+    checkpoint = utils.load_checkpoint(tmp_path / "model.pt")
+    history = checkpoint["history"]
     assert [entry["epoch"] for entry in history] == [1, 2, 3]
     assert all(entry["seconds"] > 0 for entry in history) and history[0]["train_loss"] > history[2]["train_loss"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["history.json", "last.pt", "model.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "model.pt"]
 
-    checkpoint = utils.load_checkpoint(tmp_path / "model.pt")
     assert f"{checkpoint['metrics']['test_accuracy']:.2f}" == final[1]
-    assert checkpoint["epoch"] == 3 and checkpoint["recipe"]["weight_decay"] == 1e-4
+    assert checkpoint["recipe"]["weight_decay"] == 1e-4
     assert checkpoint["versions"]["torch"] == torch.__version__
     assert (tmp_path / "model.pt").stat().st_size < 100_000
     assert_same_bits(trained / "model.pt", tmp_path / "model.pt")  # which the same command wrote
 
 
 def assert_same_bits(a: Path, b: Path) -> None:
-    """The same weights and metrics."""
+    """The same weights and metrics, and but for the seconds the same history."""
     first, second = utils.load_checkpoint(a), utils.load_checkpoint(b)
-    assert first["metrics"] == second["metrics"]
+    histories = [[{**entry, "seconds": 0} for entry in checkpoint["history"]] for checkpoint in (first, second)]
+    assert first["metrics"] == second["metrics"] and histories[0] == histories[1]
     for name, tensor in first["model"].items():
         assert torch.equal(tensor, second["model"][name]), name
 
@@ -231,8 +241,19 @@ def test_resume_keeps_the_recipe(call, refuse, trained: Path, tmp_path: Path) ->
 
 def test_dry_run_keeps_nothing(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    out, _ = call("train.py", "--dry-run", "--val-size", 100)
-    assert "Final Test Accuracy" in out and not any(tmp_path.iterdir())
+    for flags, word in ((("--val-size", 100), "Final Test Accuracy"), (("--runs", 2), "mean prediction")):
+        out, _ = call("train.py", "--dry-run", *flags)
+        assert word in out and "accuracy means nothing" in out.splitlines()[-1] and not any(tmp_path.iterdir())
+
+
+def test_what_is_going_to_be_replaced_is_said(call, trained: Path, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "out")
+    flags = ("--epochs", 1, "--data-dir", tiny, "--out", tmp_path / "out")
+    accuracy = utils.load_checkpoint(trained / "model.pt")["metrics"]["test_accuracy"]
+    line = call("train.py", *flags)[0].splitlines()[0]
+    assert line.endswith(f"replaces {tmp_path / 'out' / 'model.pt'} (seed 0, 3 epochs, {accuracy:.2f}%)")
+    (tmp_path / "out" / "model.pt").write_text("no checkpoint")
+    assert "no checkpoint of this train.py" in call("train.py", *flags)[0].splitlines()[0]
 
 
 def test_infinite_loss_stops_and_keeps_the_checkpoint(refuse, trained: Path, tmp_path: Path) -> None:
@@ -258,9 +279,22 @@ def test_a_teacher_that_has_seen_held_out_images(held_out: dict, warned: bool, t
     assert ("held out here" in capsys.readouterr().err) == warned
 
 
-def test_foreign_shapes_are_on_by_themselves_only_for_mnists_own_images(call, tiny: Path, tmp_path: Path) -> None:
+def test_a_folder_of_runs_is_as_many_teachers(call, refuse, trained: Path, tiny: Path, tmp_path, monkeypatch) -> None:
+    for seed in (0, 1):
+        shutil.copytree(trained, tmp_path / "runs" / f"seed-{seed}")
+    monkeypatch.chdir(tmp_path)
+    call("train.py", "--epochs", 1, "--teacher", "runs", "--data-dir", tiny, "--out", "student")
+    expected = tuple(str(tmp_path / "runs" / f"seed-{seed}" / "model.pt") for seed in (0, 1))
+    assert utils.load_checkpoint(tmp_path / "student" / "model.pt")["recipe"]["teacher"] == expected
+    monkeypatch.chdir(tmp_path / "runs")  # --resume finds them from anywhere
+    call("train.py", "--resume", "--data-dir", tiny, "--out", "../student")
+    (tmp_path / "empty").mkdir()
+    refuse("train.py", "--teacher", tmp_path / "empty", "--out", tmp_path / "out", words=["no model.pt", "empty"])
+
+
+def test_variants_are_on_by_themselves_only_for_mnists_own_images(call, tiny: Path, tmp_path: Path) -> None:
     call("train.py", "--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
-    assert utils.load_checkpoint(tmp_path / "model.pt")["recipe"]["foreign"] == 0
+    assert utils.load_checkpoint(tmp_path / "model.pt")["recipe"]["variants"] == 0
 
 
 # --- several runs ----------------------------------------------------------------------------------------------------
@@ -285,25 +319,26 @@ def test_runs_are_those_of_single_commands_and_are_reported(call, tiny: Path, tm
 
 def test_folds_fail_by_name_and_resume_with_the_rest(call, tiny: Path, tmp_path: Path) -> None:
     folds = ("--folds", 2, "--jobs", 1, "--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
-    (tmp_path / "fold-1").mkdir()
-    (tmp_path / "fold-1" / "last.pt").write_text("no checkpoint")
+    (tmp_path / "fold-1" / "model.pt").mkdir(parents=True)  # where a file is to be written
     _, err = call("train.py", *folds, "--resume", status=2)
     assert err.splitlines()[-1].startswith("train.py: error: fold-1 failed")
     assert (tmp_path / "fold-2" / "model.pt").exists() and not (tmp_path / "runs.json").exists()
-    (tmp_path / "fold-1" / "last.pt").unlink()
+    (tmp_path / "fold-1" / "model.pt").rmdir()
     call("train.py", *folds, "--resume")
     assert "fold-2 is finished" in (tmp_path / "fold-2" / "log.txt").read_text()
     report = json.loads((tmp_path / "runs.json").read_text())
     assert report["val_accuracy"]["n"] == 2 and "test_accuracy" not in report["runs"][0]
 
 
-def test_runs_of_different_recipes_have_no_common_figure(call, tiny: Path, tmp_path: Path) -> None:
-    for seed, rate in ((0, 0.1), (1, 0.2)):
-        out = tmp_path / f"seed-{seed}"
-        call("train.py", "--seed", seed, "--peak-lr", rate, "--epochs", 1, "--data-dir", tiny, "--out", out)
-    args, _ = train.parse_args(["--data-dir", str(tiny), "--out", str(tmp_path)])
-    with pytest.raises(UserError, match="different recipes"):
-        train.report(args, [tmp_path / "seed-0", tmp_path / "seed-1"], CPU)
+def test_forgotten_flags_of_several_runs_are_refused_before_training(call, refuse, tiny: Path, tmp_path: Path) -> None:
+    flags = ("--peak-lr", 0.1, "--epochs", 1, "--data-dir", tiny)
+    call("train.py", *flags, "--out", tmp_path / "seed-0")
+    several = ("--runs", 2, "--resume", "--data-dir", tiny, "--out", tmp_path)
+    refuse("train.py", *several, words=["--epochs 20", tmp_path / "seed-0", "made with 1"])
+    refuse("train.py", *several, "--epochs", 1, words=["--peak-lr 0.15", "made with 0.1"])
+    assert not (tmp_path / "seed-1").exists()
+    call("train.py", *several, *flags)
+    assert (tmp_path / "runs.json").exists()
 
 
 # --- TensorBoard -----------------------------------------------------------------------------------------------------
@@ -319,7 +354,9 @@ def test_tensorboard_missing(refuse, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_tensorboard_has_curves_images_and_hyperparameters(call, tiny: Path, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     board, out = tmp_path / "runs", tmp_path / "out"
-    call("train.py", "--epochs", 2, "--val-size", 100, "--tensorboard", board, "--data-dir", tiny, "--out", out)
+    flags = ("--val-size", 100, "--tensorboard", board, "--data-dir", tiny, "--out", out)
+    call("train.py", "--epochs", 3, *flags)
+    call("train.py", "--epochs", 2, *flags)  # a new training into the same folder: new curves
     events = accumulator.EventAccumulator(str(board / "out"), size_guidance={"images": 0})
     events.Reload()
     tags = events.Tags()

@@ -22,8 +22,8 @@ def digits() -> Split:
 
 @pytest.fixture(scope="module")
 def drawn(digits: Split) -> Split:
-    """The same images with foreign shapes."""
-    return utils.draw_foreign_shapes(digits, SHARE, seed=0)
+    """The same images with variants."""
+    return utils.draw_variants(digits, SHARE, seed=0)
 
 
 def changed(before: Split, after: Split) -> Tensor:
@@ -40,16 +40,16 @@ def test_its_share_of_ones_sevens_and_nines_changes_and_nothing_else(digits: Spl
 
 
 def test_a_share_of_zero_leaves_all_images_as_they_are(digits: Split) -> None:
-    assert torch.equal(utils.draw_foreign_shapes(digits, 0.0, seed=0).images, digits.images)
+    assert torch.equal(utils.draw_variants(digits, 0.0, seed=0).images, digits.images)
 
 
 def test_the_seed_alone_decides(digits: Split, drawn: Split) -> None:
-    assert torch.equal(utils.draw_foreign_shapes(digits, SHARE, seed=0).images, drawn.images)
-    assert not torch.equal(utils.draw_foreign_shapes(digits, SHARE, seed=1).images, drawn.images)
+    assert torch.equal(utils.draw_variants(digits, SHARE, seed=0).images, drawn.images)
+    assert not torch.equal(utils.draw_variants(digits, SHARE, seed=1).images, drawn.images)
 
 
 def test_drawn_digits_stay_inside_and_are_centred_by_mass(digits: Split) -> None:
-    everything = utils.draw_foreign_shapes(digits, 1.0, seed=0)
+    everything = utils.draw_variants(digits, 1.0, seed=0)
     ink = everything.images[changed(digits, everything), 0].float()
     assert ink[:, 1:-1, 1:-1].count_nonzero() == ink.count_nonzero()
     pixels = torch.arange(28.0)
@@ -63,7 +63,7 @@ def test_each_shape_is_where_it_belongs() -> None:
     images = torch.zeros(21, 1, 28, 28, dtype=torch.uint8)
     images[:, :, 4:24, 13:15] = 255
     labels = torch.tensor(DRAWN_ON).repeat_interleave(7)
-    ink = utils.draw_foreign_shapes(Split(images, labels), 1.0, seed=0).images[:, 0].float()
+    ink = utils.draw_variants(Split(images, labels), 1.0, seed=0).images[:, 0].float()
     stroke = ink.sum(1).argmax(1)
     for digit, image, x in zip(labels.tolist(), ink, stroke.tolist()):
         left, right = image[:, : x - 2], image[:, x + 3 :]
