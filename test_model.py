@@ -416,6 +416,8 @@ def page_network(model: Net, page: str, digit: str) -> dict[str, Any]:
     image = torch.tensor(list(base64.b64decode(digit))).view(1, 1, 28, 28).double() / 255
     activation = model.architecture["activation"]
     try:
+        if (IMAGE_SIZE, CLASSES) != (28, 10):
+            raise ValueError("it is for ten digits of 28x28")
         if f" {activation}: " not in re.search(r"const ACTIVATIONS = \{.*?\};", page, re.DOTALL)[0]:
             raise ValueError(f"it has no activation {activation}; add it to ACTIVATIONS in assets/draw.html")
         logits = model(image)

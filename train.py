@@ -369,7 +369,7 @@ def stored_recipe(path: Path) -> Recipe:
     try:
         return Recipe(**stored)
     except (TypeError, UserError) as error:
-        raise UserError(f"{path} cannot be resumed, its recipe is of another version or damaged ({error!r:.150})") from error
+        raise UserError(f"{path} cannot be resumed, its recipe is of another version ({error!r:.150})") from error
 
 
 def check_same(recipe: Recipe, path: Path, settings: dict[str, Any]) -> None:
