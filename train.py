@@ -66,7 +66,7 @@ class Recipe:
     translate: float = setting(0.05, "augmentation: fraction of the side, either way", 0, 1)
     shear: float = setting(10.0, "augmentation: degrees, either way", 0, 60)
     elastic: float = setting(0.35, "augmentation: standard deviation, in pixels, of elastic distortion", 0, 10)
-    variants: float = setting(0.25, "share of flagged 1s, barred 7s and tailed 9s; for MNIST's own images", 0, 1)
+    variants: float = setting(0.25, "share of 1s, 7s, 9s with a flag, bar, tail; if not given, of MNIST's own images", 0, 1)
     width: int = setting(1, "factor of all hidden layers' widths; wide networks are teachers", 1, MAX_WIDTH)
     activation: str = setting("silu", "activation of blocks and first linear layer", choices=tuple(ACTIVATIONS))
     adaptive_pool: str = setting("max", "pooling behind the blocks", choices=tuple(ADAPTIVE_POOLS))
@@ -75,7 +75,7 @@ class Recipe:
     distill_weight: float = setting(0.7, "weight of the teachers in the loss", 0, 1)
     val_size: int = setting(0, "training images to hold out, stratified, and to report on each epoch")
     folds: int = setting(0, "number of stratified folds of the training images for cross-validation")
-    fold: int = setting(0, "the one fold to hold out, 1 to FOLDS (default: each in its turn)")
+    fold: int = setting(0, "the one fold to hold out, 1 to FOLDS; 0 holds out each in its turn")
     threads: int = setting(1, "CPU threads; with two a busy machine is several times slower, and bits differ", 1, 1024)
     seed: int = setting(0, "seed of weights, order, augmentation, variants and dropout", 0, 2**31)
 
@@ -555,7 +555,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         recipe.add_argument(flag(f.name), default=argparse.SUPPRESS, help=help, **words)
     utils.add_common_flags(parser)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("checkpoints"), metavar="DIR", help="(default: %(default)s)")
+    add("--out", type=Path, default=Path("checkpoints"), metavar="DIR",
+        help="folder of the checkpoints and, of --runs, of the logs (default: %(default)s)")  # fmt: skip
     add("--resume", action="store_true", help="go on from last.pt in --out, or start if there is none")
     add("--runs", type=at_least(1), default=1, metavar="N", help="train N times, with consecutive seeds")
     add("--jobs", type=at_least(1), metavar="J",

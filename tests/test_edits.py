@@ -17,7 +17,7 @@ SCRIPTS = ("model.py", "train.py", "test_model.py", "visualize_errors.py", "util
 
 
 class Edit(NamedTuple):
-    """`old` becomes `new`, whose lines README has; exports that the network cannot have, with words of their refusal."""
+    """`old` becomes `new`, whose lines README has; `refused` exports, with words of the refusal."""
 
     file: str
     old: str
