@@ -66,7 +66,7 @@ class Recipe:
     translate: float = setting(0.05, "augmentation: fraction of the side, either way", 0, 1)
     shear: float = setting(10.0, "augmentation: degrees, either way", 0, 60)
     elastic: float = setting(0.35, "augmentation: standard deviation, in pixels, of elastic distortion", 0, 10)
-    variants: float = setting(0.25, "share of 1s, 7s, 9s with a flag, bar, tail; if not given, of MNIST's own images", 0, 1)
+    variants: float = setting(0.25, "share of 1s, 7s, 9s with a flag, bar, tail; unless given, of MNIST alone", 0, 1)
     width: int = setting(1, "factor of all hidden layers' widths; wide networks are teachers", 1, MAX_WIDTH)
     activation: str = setting("silu", "activation of blocks and first linear layer", choices=tuple(ACTIVATIONS))
     adaptive_pool: str = setting("max", "pooling behind the blocks", choices=tuple(ADAPTIVE_POOLS))
