@@ -651,17 +651,20 @@ def require_like(value: Any, expected: Any, name: str = "") -> None:
 
     That is: dicts of the same keys, sequences of the same length, tensors of the same shape and type.
     """
-    if isinstance(expected, dict) and isinstance(value, dict) and value.keys() == expected.keys():
+    if isinstance(expected, (list, tuple)) and type(value) is type(expected):
+        value, expected = dict(enumerate(value)), dict(enumerate(expected))
+    if isinstance(expected, dict) and isinstance(value, dict):
+        if value.keys() != expected.keys():
+            names = sorted(map(str, value.keys() ^ expected.keys()))
+            raise ValueError(f"{', '.join(names[:3])} in one of them only")
         for key in expected:
-            require_like(value[key], expected[key], f"{name}.{key}" if name else str(key))
-    elif isinstance(expected, dict) and isinstance(value, dict):
-        raise ValueError(f"{', '.join(sorted(map(str, value.keys() ^ expected.keys()))[:3])} in one of them only")
-    elif type(value) is not type(expected):
-        raise ValueError(name)
-    elif isinstance(expected, (list, tuple)):
-        require_like(dict(enumerate(value)), dict(enumerate(expected)), name)
-    elif isinstance(expected, Tensor):
-        if value.shape != expected.shape or value.dtype != expected.dtype or not value.isfinite().all():
-            raise ValueError(name)
-    elif isinstance(expected, float) and not math.isfinite(value):
+            require_like(value[key], expected[key], f"{name}.{key}".lstrip("."))
+        return
+    fits = type(value) is type(expected)
+    if isinstance(expected, Tensor):
+        fits = isinstance(value, Tensor) and value.shape == expected.shape and value.dtype == expected.dtype
+        fits = fits and bool(value.isfinite().all())
+    elif isinstance(expected, (int, float)):
+        fits = isinstance(value, (int, float)) and math.isfinite(value)
+    if not fits:
         raise ValueError(name)

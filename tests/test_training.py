@@ -105,7 +105,7 @@ def test_statistics_of_the_averaged_network_are_those_of_plain_digits(trained: P
 
 # --- every flag of the recipe reaches the training -------------------------------------------------------------------
 
-TEACHER = ("--teacher", RELEASED)
+TEACHER = ("--teacher", "TRAINED")  # the path of `trained`
 WIRES = {  # field: (flags, the same with another value of the field)
     "epochs": ((), ("--epochs", 2)),
     "batch_size": ((), ("--batch-size", 32)),
@@ -138,8 +138,9 @@ WIRES = {  # field: (flags, the same with another value of the field)
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Recipe) if f.name != "threads"])
-def test_every_flag_changes_what_is_learnt(name: str, call, tiny: Path, tmp_path: Path) -> None:
+def test_every_flag_changes_what_is_learnt(name: str, call, trained: Path, tiny: Path, tmp_path: Path) -> None:
     def train_with(flags: tuple) -> torch.Tensor:
+        flags = [trained / "model.pt" if word == "TRAINED" else word for word in flags]
         call("train.py", "--epochs", 1, *flags, "--data-dir", tiny, "--out", tmp_path)
         model, _ = utils.load_model(tmp_path / "model.pt", CPU)
         return model.fc1.weight
