@@ -70,8 +70,8 @@ class Net(nn.Module):
 class Block(nn.Module):
     """Convolution (with bias), batch normalisation, pooling, activation, dropout.
 
-    (N, c_in, H, W) -> (N, c_out, H, W), then whatever `pool` makes of it. Pooling comes before the activation:
-    for ReLU that is the same function at a quarter of the work.
+    (N, c_in, H, W) -> (N, c_out, H, W), then whatever `pool` makes of it. Pooling comes before the activation,
+    at a quarter of the work: for ReLU the same function, for SiLU another.
     """
 
     def __init__(self, c_in: int, c_out: int, kernel: int, pool: nn.Module, act: nn.Module, dropout: float) -> None:
@@ -130,7 +130,8 @@ def layer_table(model: nn.Module) -> list[Layer]:
     kinds: list[str] = []
 
     def describe(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        kind = layer_kind(module)
+        name = type(module).__name__
+        kind = "FC" if name == "Linear" else "AdaptivePool" if name.startswith("Adaptive") else name.replace("2d", "")
         kinds.append(kind)
         size_in, size_out = tuple(inputs[0].shape[1:]), tuple(output.shape[1:])
         before, rf, jump_in, jump_out = rows[-1], None, None, None
@@ -159,14 +160,6 @@ def layer_table(model: nn.Module) -> list[Layer]:
     for hook in hooks:
         hook.remove()
     return rows
-
-
-def layer_kind(module: nn.Module) -> str:
-    """What the table calls `module`: Conv, BatchNorm, MaxPool, AdaptivePool, FC."""
-    name = type(module).__name__.replace("2d", "")
-    if name.startswith("Adaptive"):
-        return "AdaptivePool"
-    return "FC" if name == "Linear" else name
 
 
 def kernel_and_stride(module: nn.Module, size_in: int, size_out: int) -> tuple[int, int]:

@@ -364,7 +364,8 @@ def export_onnx(model: Net, path: Path) -> str:
                 dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, external_data=False, verbose=False,
             )  # fmt: skip
         except torch.onnx.errors.OnnxExporterError as error:
-            raise UserError(f"not exported: torch.onnx cannot express this network: {error!s:.150}") from error
+            reason = re.sub(r"\x1b\[\d*m", "", str(error)).strip().splitlines()[0]  # without its colours
+            raise UserError(f"not exported, torch.onnx cannot express this network: {reason}") from error
         return check_onnx(temporary, model, images)
 
 
@@ -376,7 +377,8 @@ def without_adaptive_max_pools(model: nn.Module, images: Tensor) -> nn.Module:
         pool.register_forward_hook(lambda pool, x, y: sizes.update({pool: (x[0].shape[-1], y.shape[-1])}))
     exported(images)
     for name, pool in pools.items():
-        exported.set_submodule(name, nn.MaxPool2d(*kernel_and_stride(pool, *sizes[pool])))
+        if pool in sizes:
+            exported.set_submodule(name, nn.MaxPool2d(*kernel_and_stride(pool, *sizes[pool])))
     return exported
 
 
@@ -439,7 +441,8 @@ def page_network(model: Net, page: str, digit: str) -> dict[str, Any]:
         if not difference < 1e-6:
             raise ValueError(f"its logits would differ by {difference:.1e}")
     except (AttributeError, AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{PAGE.name} cannot run this network: {error}") from error
+        blocks = "blocks of convolution, batch normalisation, max pooling and activation"
+        raise UserError(f"{PAGE.name} cannot run this network, only {blocks}: {error}") from error
     return network
 
 

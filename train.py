@@ -66,7 +66,7 @@ class Recipe:
     translate: float = setting(0.05, "augmentation: fraction of the side, either way", 0, 1)
     shear: float = setting(10.0, "augmentation: degrees, either way", 0, 60)
     elastic: float = setting(0.35, "augmentation: standard deviation, in pixels, of elastic distortion", 0, 10)
-    variants: float = setting(0.25, "share of 1s, 7s, 9s with a flag, bar, tail; unless given, of MNIST alone", 0, 1)
+    variants: float = setting(0.25, "share of 1s, 7s, 9s given a flag, bar or tail; other data than MNIST: 0", 0, 1)
     width: int = setting(1, "factor of all hidden layers' widths; wide networks are teachers", 1, MAX_WIDTH)
     activation: str = setting("silu", "activation of blocks and first linear layer", choices=tuple(ACTIVATIONS))
     adaptive_pool: str = setting("max", "pooling behind the blocks", choices=tuple(ADAPTIVE_POOLS))
@@ -193,8 +193,7 @@ def train_epoch(run: Run, train_loader: Loader, loss_fn: Callable, epoch: int) -
 def update_average(average: Net, model: Net, step: int, length: float) -> None:
     """Move the weights of `average` towards those of `model`, for a moving average over about `length` steps.
 
-    Step 0 copies them; step n weighs 1 / (1 + n / 10), until that falls to 1 / `length`. Running statistics are not
-    averaged: `update_bn` measures them.
+    Step 0 copies them; step n weighs 1 / (1 + n / 10), until that falls to 1 / `length`.
     """
     weight = max(1 / length, 1 / (1 + step / 10))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
@@ -249,7 +248,9 @@ def end_epoch(
     run: Run, entry: dict[str, float], train_split: Split, val_split: Split | None, out: Path, board: Any
 ) -> None:
     """Measure the averaged network, add `entry` to the history, write last.pt and print the log."""
-    # The statistics of digits to be read: augmented ones, blurred by their interpolation, have others.
+    for ours, theirs in zip(run.average.buffers(), run.model.buffers()):
+        ours.copy_(theirs)  # what no average is made of; of batch normalisation, update_bn measures it anew
+    # On digits as they are read: augmented ones, blurred by their interpolation, have other statistics.
     plain = train_split.images[::PLAIN_EVERY]
     update_bn((images / 255 for images in plain.tensor_split(math.ceil(len(plain) / 500))), run.average)
     if val_split is not None:
@@ -332,7 +333,7 @@ def restore_state(run: Run, path: Path) -> None:
     checkpoint = utils.load_checkpoint(path)
     # A step on blank images shows what the state of the optimiser is made of, whichever it is.
     blank = torch.zeros(2, 1, IMAGE_SIZE, IMAGE_SIZE, device=next(run.model.parameters()).device)
-    run.model(blank).sum().backward()
+    run.model.eval()(blank).sum().backward()
     run.optimizer.step()
     run.scheduler.step()
     try:
@@ -354,15 +355,6 @@ def restore_state(run: Run, path: Path) -> None:
     run.history = checkpoint["history"]
 
 
-def choose_recipe(overrides: dict[str, Any], last: Path | None) -> Recipe:
-    """The recipe with the flags `overrides`, or that of the checkpoint `last`; UserError if the two disagree."""
-    if last is None:
-        return Recipe(**overrides)
-    recipe = stored_recipe(last)
-    check_same(recipe, last, overrides)
-    return recipe
-
-
 def stored_recipe(path: Path) -> Recipe:
     """The recipe of a checkpoint; UserError if it is damaged or of another version."""
     stored = utils.load_checkpoint(path)["recipe"]
@@ -373,13 +365,11 @@ def stored_recipe(path: Path) -> Recipe:
 
 
 def check_same(recipe: Recipe, path: Path, settings: dict[str, Any]) -> None:
-    """UserError for the first of `settings` that is not the one in `recipe`, which `path` holds."""
-    for name, value in settings.items():
-        stored = getattr(recipe, name)
-        if stored != value:
-            raise UserError(
-                f"{flag(name)} {format_value(value)}: {path} was made with {format_value(stored)}; --resume keeps it"
-            )
+    """UserError if some of `settings` are not those of `recipe`, which `path` holds."""
+    others = [name for name, value in settings.items() if value != getattr(recipe, name)]
+    if others:
+        words = " ".join(f"{flag(name)} {format_value(getattr(recipe, name))}" for name in others)
+        raise UserError(f"{path} was made with {words}; --resume keeps that, so give no other value")
 
 
 @contextmanager
@@ -545,7 +535,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; `overrides` has what it says of the recipe."""
-    parser = argparse.ArgumentParser(description="Train the 16,966-parameter CNN on MNIST.")
+    parser = argparse.ArgumentParser(description="Train the network of model.py on MNIST.")
     recipe = parser.add_argument_group("recipe (saved in the checkpoint)")
     for f in fields(Recipe):
         words = {"type": str if isinstance(f.default, tuple) else type(f.default), **f.metadata["words"]}
@@ -596,11 +586,11 @@ def check_recipe(recipe: Recipe) -> None:
             raise UserError(f"{flag(f.name)} {value}: choose from {', '.join(choices)}")
         numbers = () if choices or f.name == "teacher" else value if isinstance(value, tuple) else (value,)
         if type(value) is not type(f.default) or not all(low <= number <= high for number in numbers):
-            raise UserError(f"{flag(f.name)} {format_value(value)} is not a number from {low} to {high}")
+            raise UserError(f"{flag(f.name)} {format_value(value)} is not from {low} to {high}")
     if recipe.lr > recipe.peak_lr:
         raise UserError(f"--lr {recipe.lr} is above --peak-lr {recipe.peak_lr}: the cycle rises from one to the other")
     if recipe.folds == 1 or recipe.fold > recipe.folds:
-        raise UserError(f"--folds {recipe.folds} --fold {recipe.fold}: there must be 2 folds or more, counted from 1")
+        raise UserError(f"--folds {recipe.folds} --fold {recipe.fold}: it takes 2 folds or more, and one of them")
     if recipe.folds and recipe.val_size:
         raise UserError("--folds does not go with --val-size: each fold is held out in its turn")
 
@@ -620,7 +610,11 @@ def launch(args: argparse.Namespace) -> int:
     several = args.runs > 1 or (args.overrides.get("folds") and not args.overrides.get("fold"))
     last = args.out / "last.pt"
     resumed = last if args.resume and last.exists() and not several else None
-    recipe = choose_recipe(args.overrides, resumed)
+    if args.resume and not (several or resumed) and any(args.out.glob("*/last.pt")):
+        raise UserError(f"{args.out} holds several runs: to resume them, repeat their --runs or --folds")
+    recipe = stored_recipe(last) if resumed else Recipe(**args.overrides)
+    if resumed:
+        check_same(recipe, last, args.overrides)
     written = [(args.out / name).resolve() for name in ("last.pt", "model.pt")]
     if any(Path(teacher) in written for teacher in recipe.teacher):
         raise UserError(f"--teacher: this run would overwrite its teacher in {args.out}; choose another --out")

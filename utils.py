@@ -499,7 +499,7 @@ def pixel_grid(side: int) -> Tensor:
 
 
 def make_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, each step one fused call. Any other of torch.optim may stand here."""
+    """SGD with Nesterov momentum, each step one fused call. Any other that steps without a closure may stand here."""
     return torch.optim.SGD(
         model.parameters(), lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay, fused=True
     )
@@ -508,7 +508,7 @@ def make_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: f
 def make_schedule(
     optimizer: torch.optim.Optimizer, lr: float, peak_lr: float, warmup: float, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """One cycle (Smith & Topin, 2018), stepped after each step of the optimiser. Any other scheduler may stand here.
+    """One cycle (Smith & Topin, 2018), stepped after each step. Any other that needs no metric may stand here.
 
     The rate starts at `lr`, rises to `peak_lr` along half a cosine during the first `warmup` (0 to 1) of all `steps`
     and falls along another towards 0, which it reaches behind the last one.

@@ -195,9 +195,10 @@ def plot_filters(model: Net, predictions: Predictions) -> Figure:
     filters = convolutions[0].weight.detach()[:, 0]
     groups = {"filters": filters}
     x = image.unsqueeze(0) / 255
-    for i, block in enumerate(model.blocks, 1):
+    for i, block in enumerate(blocks_of(model), 1):
         x = block(x).detach()
-        groups[f"block {i}"] = x[0]
+        if x.dim() == 4:
+            groups[f"block {i}"] = x[0]
     heights = [math.ceil(min(len(maps), MAPS_SHOWN) / 12) for maps in groups.values()]
     figure, axes = sheet(
         f"The {len(filters)} learned filters of the first layer, and what each block makes of one {label}",
@@ -285,16 +286,23 @@ def grad_cam(model: Net, x: Tensor, digit: int) -> Tensor:
     gradient of the digit's logit over each map, summed, rectified and interpolated to the input's size.
     Raises UserError where no block has such a convolution.
     """
-    wide = [block for block in model.blocks if any(is_wide(module) for module in block.modules())]
+    wide = [block for block in blocks_of(model) if any(is_wide(module) for module in block.modules())]
     if not wide:
         raise UserError("no block has a convolution wider than 1x1")
     outputs = []
     with wide[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output)):
         logits = model(x)
-    (maps,) = outputs
+    maps = outputs[-1]
     (gradients,) = torch.autograd.grad(logits[0, digit], maps)
     cam = F.relu((gradients.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True))
     return F.interpolate(cam.detach(), x.shape[2:], mode="bilinear", align_corners=False)[0, 0]
+
+
+def blocks_of(model: nn.Module) -> nn.Module:
+    """The network's blocks; UserError if it has none."""
+    if not hasattr(model, "blocks"):
+        raise UserError("the network has no self.blocks")
+    return model.blocks
 
 
 def is_wide(module: nn.Module) -> bool:

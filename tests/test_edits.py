@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ class Edit(NamedTuple):
     refused: tuple[tuple[str, str], ...] = ()
 
 
+COMMON = ("--batch-size", "16", "--val-size", "100")
 FIFTH_BLOCK = "            Block(12 * width, 12 * width, 3, nn.Identity(), act(), p4),\n"
 ERASING = """\
     near = (torch.arange(28) - torch.randint(28, (2, len(images), 1), generator=generator)).abs() < 4  # rows, columns
@@ -105,7 +106,7 @@ def write_other_data(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_one_edit_is_enough(name: str, environment: dict, tiny: Path, tmp_path: Path) -> None:
+def test_one_edit_is_enough(name: str, call: Callable, environment: dict, tiny: Path, tmp_path: Path) -> None:
     edit, data_dir = EDITS[name], tiny
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for line in set(edit.new.splitlines()) - set(edit.old.splitlines()):
@@ -121,7 +122,7 @@ def test_one_edit_is_enough(name: str, environment: dict, tiny: Path, tmp_path: 
         write_other_data(data_dir := tmp_path / "letters")
 
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, "--batch-size", "16", "--val-size", "100", *edit.flags],
+        [sys.executable, "-c", DRIVER, *COMMON, *edit.flags],
         cwd=tmp_path, env={**environment, "MNIST_DATA_DIR": str(data_dir)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -129,8 +130,12 @@ def test_one_edit_is_enough(name: str, environment: dict, tiny: Path, tmp_path: 
     for step, status in {"train": 0, "stopped": 130, "resumed": 0, "measured": 0, "drawn": 0}.items():
         assert results[step]["status"] == status, results[step]
     whole, resumed = (torch.load(tmp_path / out / "model.pt", weights_only=True) for out in ("whole", "resumed"))
-    for name, tensor in whole["model"].items():
-        assert torch.equal(tensor, resumed["model"][name]), name
+    for part, tensor in whole["model"].items():
+        assert torch.equal(tensor, resumed["model"][part]), part
+    flags = () if name == "activation" else edit.flags  # which the unedited code does not know
+    call("train.py", "--epochs", 2, *COMMON, *flags, "--data-dir", tiny, "--out", tmp_path / "unedited")
+    unedited = torch.load(tmp_path / "unedited" / "model.pt", weights_only=True)["model"]
+    assert unedited.keys() != whole["model"].keys() or not torch.equal(unedited["fc1.bias"], whole["model"]["fc1.bias"])
     assert len(list((tmp_path / "plots").glob("*.png"))) == 6, results["drawn"]
     for ending in (".onnx", ".html"):
         if ending == ".onnx" and "needs the package" in results[ending]["err"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
 import random
 import shutil
@@ -303,7 +302,7 @@ def spoil(node: Any, rng: random.Random) -> None:
 def test_spoilt_training_states_are_refused_or_harmless(
     trained: Path, environment: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--resume of a last.pt with one value spoilt: one line and nothing changed, or the same bits; never a crash."""
+    """--resume of a finished run with one value spoilt: one line and nothing changed, or the same bits."""
     last, rng, refusals = tmp_path / "last.pt", random.Random(0), 0
     finished = torch.load(trained / "last.pt", weights_only=True)
     for _ in range(60):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import CPU, ROOT
 
+import test_model
 import utils
 from model import Net, count_parameters
 
@@ -47,6 +48,7 @@ def test_the_validation_and_training_images_are_measured_as_well(call, trained: 
 def test_one_epoch_on_the_whole_of_mnist(call, tmp_path: Path) -> None:
     out, _ = call("train.py", "--epochs", 1, "--data-dir", ROOT / "data", "--out", tmp_path)
     assert float(re.search(r"Final Test Accuracy: (\S+)%", out)[1]) > 98
+    assert utils.load_checkpoint(tmp_path / "model.pt")["recipe"]["variants"] > 0  # of MNIST's own images
 
 
 # --- ONNX ------------------------------------------------------------------------------------------------------------
@@ -76,3 +78,16 @@ def test_onnx_gives_the_same_logits(pool: str, call, trained: Path, tmp_path: Pa
         x = torch.randn(batch, 1, 28, 28)
         (logits,) = session.run(None, {"image": x.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), model(x).detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_onnx_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+
+    class Branching(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x if x.mean() > 0 else -x)
+
+    with pytest.raises(utils.UserError, match=r"^not exported, torch.onnx cannot express this network: [ -~]*$"):
+        test_model.export_onnx(Branching().eval(), tmp_path / "m.onnx")
+    assert not any(tmp_path.iterdir())

@@ -103,6 +103,16 @@ def test_statistics_of_the_averaged_network_are_those_of_plain_digits(trained: P
         x = block(x)
 
 
+def test_buffers_follow_the_network_and_statistics_are_measured(tiny: Path, tmp_path: Path) -> None:
+    run, split = train.build_run(Recipe(), CPU, data_crc=0, steps=1), utils.load_mnist(tiny, train=True, device=CPU)
+    for model, value in ((run.model, 1.0), (run.average, 0.0)):
+        model.register_buffer("own", torch.tensor(value))
+    entry = dict.fromkeys(("epoch", "learning_rate", "train_loss", "train_accuracy"), 1)
+    train.end_epoch(run, entry, split, None, tmp_path, None)
+    assert run.average.own == 1
+    assert not torch.equal(run.average.blocks[0].norm.running_var, run.model.blocks[0].norm.running_var)
+
+
 # --- every flag of the recipe reaches the training -------------------------------------------------------------------
 
 TEACHER = ("--teacher", "TRAINED")  # the path of `trained`
@@ -233,7 +243,7 @@ def test_resume_keeps_the_recipe(call, refuse, trained: Path, tmp_path: Path) ->
     shutil.copytree(trained, tmp_path / "out")
     (tmp_path / "out" / "model.pt").unlink()
     for flags in (("--epochs", 4), ("--dropout", 0, 0, 0, 0), ("--teacher", RELEASED), ("--seed", 1)):
-        refuse("train.py", "--resume", *flags, "--out", tmp_path / "out", words=[flags[0], "--resume keeps it"])
+        refuse("train.py", "--resume", *flags, "--out", tmp_path / "out", words=[flags[0], "--resume keeps that"])
     out, _ = call("train.py", "--resume", "--epochs", 3, "--val-size", 400, "--out", tmp_path / "out")
     assert f"{tmp_path / 'out'} is finished" in out and "Final Test Accuracy" in out
     assert_same_bits(trained / "model.pt", tmp_path / "out" / "model.pt")
@@ -335,9 +345,10 @@ def test_forgotten_flags_of_several_runs_are_refused_before_training(call, refus
     flags = ("--peak-lr", 0.1, "--epochs", 1, "--data-dir", tiny)
     call("train.py", *flags, "--out", tmp_path / "seed-0")
     several = ("--runs", 2, "--resume", "--data-dir", tiny, "--out", tmp_path)
-    refuse("train.py", *several, words=["--epochs 20", tmp_path / "seed-0", "made with 1"])
-    refuse("train.py", *several, "--epochs", 1, words=["--peak-lr 0.15", "made with 0.1"])
-    assert not (tmp_path / "seed-1").exists()
+    refuse("train.py", *several, words=[tmp_path / "seed-0", "made with --epochs 1 --peak-lr 0.1"])
+    refuse("train.py", *several, "--epochs", 1, words=["made with --peak-lr 0.1;"])
+    refuse("train.py", "--resume", "--out", tmp_path, words=[tmp_path, "several runs", "--runs"])
+    assert not (tmp_path / "seed-1").exists() and not (tmp_path / "last.pt").exists()
     call("train.py", *several, *flags)
     assert (tmp_path / "runs.json").exists()
 

@@ -291,7 +291,7 @@ def test_an_edited_network(test_split: Split, monkeypatch: pytest.MonkeyPatch) -
 def test_what_a_network_cannot_have_is_one_line_and_no_old_picture_stays(
     call: Callable, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here no convolution wider than 1x1, then none at all, and no linear layer."""
+    """Here no convolution wider than 1x1, then none at all, and no linear layer; then no blocks."""
 
     class Bare(nn.Module):
         def __init__(self, *layers: nn.Module) -> None:
@@ -301,14 +301,16 @@ def test_what_a_network_cannot_have_is_one_line_and_no_old_picture_stays(
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.blocks(x).mean((2, 3))[:, :10]
 
+    convolution = nn.Sequential(nn.Conv2d(1, 12, 3, 2), nn.Flatten(), nn.Linear(12 * 13 * 13, 10))
     checkpoint = utils.load_checkpoint(trained / "model.pt")
-    for layers, missing in (
-        ([nn.Conv2d(1, 10, 1)], {"explain.png": "wider than 1x1", "embedding.png": "no linear layer"}),
-        ([nn.PixelUnshuffle(4)], {"explain.png": "wider", "embedding.png": "linear", "filters.png": "no convolution"}),
+    for model, missing in (
+        (Bare(nn.Conv2d(1, 10, 1)), {"explain.png": "wider than 1x1", "embedding.png": "no linear layer"}),
+        (Bare(nn.PixelUnshuffle(4)), {"explain.png": "wider than 1x1", "filters.png": "no convolution"}),
+        (convolution, {"explain.png": "no self.blocks", "filters.png": "no self.blocks"}),
     ):
         for name in missing:
             (tmp_path / name).write_bytes(b"of another network")
-        monkeypatch.setattr(utils, "load_model", lambda *_, layers=layers: (Bare(*layers), checkpoint))
+        monkeypatch.setattr(utils, "load_model", lambda *_, model=model: (model, checkpoint))
         stdout, _ = call("visualize_errors.py", "--out", tmp_path)
         for name, words in missing.items():
             (line,) = [line for line in stdout.splitlines() if name in line]
