@@ -51,7 +51,7 @@ def likeness(a: Tensor, b: Tensor) -> float:
 def test_prepared_digits_are_framed_as_mnist(side: int, tmp_path: Path) -> None:
     for i in range(10):
         ImageOps.invert(ink(i, side)).save(tmp_path / "digit.png")
-        digit = read_digit(tmp_path / "digit.png")[1]
+        digit = read_digit(str(tmp_path / "digit.png"))[1]  # a path or, as README has it, a string
         assert digit.shape == (28, 28) and digit.dtype == torch.uint8 and digit.max() == 255
         y, x = (digit > 100).nonzero().T
         assert 18 <= max(y.max() - y.min(), x.max() - x.min()) + 1 <= 20
