@@ -50,7 +50,7 @@ class Recipe:
     Raises UserError for a value out of range, whether it comes from a flag or from a file.
     """
 
-    epochs: int = setting(20, "passes over the training images", 1, 100_000)
+    epochs: int = setting(20, "images to show, in multiples of the training images", 1, 100_000)
     batch_size: int = setting(64, "images in a step", 2, 65_536)
     lr: float = setting(0.015, "learning rate of the first step", 1e-12, 1e6)
     peak_lr: float = setting(0.15, "highest learning rate of the cycle", 1e-12, 1e6)
@@ -103,6 +103,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     dropout: dict[torch.nn.Module, float]  # each dropout layer, and its rate at the start
+    loader: Loader  # the training images, and the loss that each last had
     history: list[dict[str, float]]
 
 
@@ -123,7 +124,7 @@ def train_once(args: argparse.Namespace, recipe: Recipe, last: Path | None) -> i
     train_loader = Loader(train_split, recipe.batch_size, recipe.augmentation, recipe.seed)
     loss_fn = make_loss(recipe, device)
 
-    run = build_run(recipe, device, data_crc, steps=recipe.epochs * len(train_loader))
+    run = build_run(recipe, device, data_crc, train_loader)
     if last:
         restore_state(run, last)
     announce(run, len(train_split.labels), device, out)
@@ -132,7 +133,7 @@ def train_once(args: argparse.Namespace, recipe: Recipe, last: Path | None) -> i
         board.add_images("augmented digits", next(iter(train_loader))[0].clamp(0, 1))
     try:
         for epoch in range(len(run.history), recipe.epochs):
-            entry = train_epoch(run, train_loader, loss_fn, epoch)
+            entry = train_epoch(run, loss_fn, epoch)
             end_epoch(run, entry, train_split, val_split, out, board)
     except KeyboardInterrupt:
         kept = "Finished epochs are kept; go on with --resume." if run.history and not args.dry_run else ""
@@ -142,29 +143,29 @@ def train_once(args: argparse.Namespace, recipe: Recipe, last: Path | None) -> i
     return 0
 
 
-def build_run(recipe: Recipe, device: torch.device, data_crc: int, steps: int) -> Run:
-    """A run of `steps` steps before its first one."""
+def build_run(recipe: Recipe, device: torch.device, data_crc: int, loader: Loader) -> Run:
+    """A run on the images of `loader` before its first step."""
     torch.manual_seed(utils.derive_seed(recipe.seed, use=utils.WEIGHTS))
     model = Net(recipe.width, recipe.activation, recipe.adaptive_pool, recipe.dropout, recipe.fc_dropout)
     model = utils.to_device(model, device)
     average = copy.deepcopy(model).requires_grad_(False)
     set_dropout(dropout_rates(average), 0)
     optimizer = utils.make_optimizer(model, recipe.lr, recipe.momentum, recipe.weight_decay)
-    scheduler = utils.make_schedule(optimizer, recipe.lr, recipe.peak_lr, recipe.warmup, steps)
-    return Run(recipe, data_crc, model, average, optimizer, scheduler, dropout_rates(model), history=[])
+    scheduler = utils.make_schedule(optimizer, recipe.lr, recipe.peak_lr, recipe.warmup, recipe.epochs * len(loader))
+    return Run(recipe, data_crc, model, average, optimizer, scheduler, dropout_rates(model), loader, history=[])
 
 
-def train_epoch(run: Run, train_loader: Loader, loss_fn: Callable, epoch: int) -> dict[str, float]:
+def train_epoch(run: Run, loss_fn: Callable, epoch: int) -> dict[str, float]:
     """Train epoch number `epoch` (from 0) and say how it went; UserError if the loss stops being finite."""
-    start, steps, epochs = time.perf_counter(), len(train_loader), run.recipe.epochs
+    start, steps, epochs = time.perf_counter(), len(run.loader), run.recipe.epochs
     learning_rate = run.scheduler.get_last_lr()[0]
     run.model.train()
     torch.manual_seed(utils.derive_seed(run.recipe.seed, epoch, utils.DROPOUT))
-    train_loader.set_epoch(epoch)
-    total_loss, correct = torch.zeros(2, device=train_loader.split.labels.device)
+    run.loader.set_epoch(epoch)
+    total_loss, correct = torch.zeros(2, device=run.loader.losses.device)
     seen = 0
-    bar = tqdm(train_loader, f"Epoch {epoch + 1}/{epochs}", leave=False, disable=None, dynamic_ncols=True)
-    for step, (images, labels) in enumerate(bar, epoch * steps):
+    bar = tqdm(run.loader, f"Epoch {epoch + 1}/{epochs}", leave=False, disable=None, dynamic_ncols=True)
+    for step, (images, labels, index) in enumerate(bar, epoch * steps):
         set_dropout(run.dropout, dropout_factor(step / (epochs * steps), run.recipe.dropout_until))
         run.optimizer.zero_grad()
         logits = run.model(images)
@@ -174,6 +175,7 @@ def train_epoch(run: Run, train_loader: Loader, loss_fn: Callable, epoch: int) -
         run.scheduler.step()
         update_average(run.average, run.model, step, run.recipe.ema)
 
+        run.loader.losses[index] = F.cross_entropy(logits.detach(), labels, reduction="none")
         total_loss += loss.detach() * len(labels)
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
@@ -325,12 +327,15 @@ def training_state(run: Run) -> dict[str, Any]:
         "weights": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
+        "losses": run.loader.losses,
     }
 
 
 def restore_state(run: Run, path: Path) -> None:
     """Take up what `end_epoch` wrote to `path`; UserError if it is damaged or has learnt from other images."""
     checkpoint = utils.load_checkpoint(path)
+    if checkpoint["data_crc"] != run.data_crc:
+        raise UserError(f"{path} was trained on other images; give the --data-dir of that run, or another --out")
     # A step on blank images shows what the state of the optimiser is made of, whichever it is.
     blank = torch.zeros(2, 1, IMAGE_SIZE, IMAGE_SIZE, device=next(run.model.parameters()).device)
     run.model.eval()(blank).sum().backward()
@@ -344,14 +349,13 @@ def restore_state(run: Run, path: Path) -> None:
         run.average.load_state_dict(checkpoint["model"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.scheduler.load_state_dict(state["scheduler"])
+        run.loader.losses.copy_(state["losses"])
         if not 1 <= len(checkpoint["history"]) <= run.recipe.epochs:
             raise ValueError("history")
     except Exception as error:  # a spoilt state makes PyTorch raise nearly anything
         raise UserError(
             f"{path} is of another network, optimiser or schedule than the code's, or damaged ({error!r:.150})"
         ) from error
-    if checkpoint["data_crc"] != run.data_crc:
-        raise UserError(f"{path} was trained on other images; give the --data-dir of that run, or another --out")
     run.history = checkpoint["history"]
 
 

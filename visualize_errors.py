@@ -135,7 +135,7 @@ def plot_history(history: list[dict[str, float]], metrics: dict[str, float]) -> 
             label = "training: augmented, thinned by dropout"
             draw(epochs[thinned], train[thinned], "o", color=INK, markerfacecolor="white", label=label)
         if not thinned.all():
-            draw(epochs[~thinned], train[~thinned], "o", color=INK, label="training: augmented")
+            draw(epochs[~thinned], train[~thinned], "o", color=INK, label="training: augmented, hard images more often")
         if "val_loss" in last:
             draw(epochs, curve("val", history), "s--", color=ACCENT, label="validation")
         if metrics:

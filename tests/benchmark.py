@@ -123,8 +123,8 @@ def train_py() -> Work:
 
     def train_on(images: int) -> None:
         loader = utils.Loader(split.select(slice(images)), recipe.batch_size, recipe.augmentation, recipe.seed)
-        run = train.build_run(recipe, CPU, data_crc=0, steps=len(loader))
-        train.train_epoch(run, loader, loss_fn, epoch=0)
+        run = train.build_run(recipe, CPU, data_crc=0, loader=loader)
+        train.train_epoch(run, loss_fn, epoch=0)
 
     train_on(640)
     return partial(train_on, IMAGES), IMAGES

@@ -147,16 +147,16 @@ def test_two_other_data_sets_in_one_folder_are_one_line(refuse, tmp_path: Path) 
 )
 def test_a_last_batch_of_one_image_joins_the_one_before(split: Split, count: int, size: int, sizes: list[int]) -> None:
     loader = Loader(split.select(slice(count)), size, Augmentation(), seed=0)
-    batches = list(loader)
-    assert len(loader) == len(batches)
-    assert [len(x) for x, _ in batches] == [len(y) for _, y in batches] == sizes
+    x, y, index = zip(*loader)
+    assert len(loader) == len(x)
+    assert [*map(len, x)] == [*map(len, y)] == [*map(len, index)] == sizes
 
 
 def test_shuffled_loader_shows_each_image_once_and_depends_on_seed_and_epoch_only(split: Split) -> None:
     def epoch(seed: int, number: int) -> torch.Tensor:
         loader = Loader(split, 64, Augmentation(), seed)
         loader.set_epoch(number)
-        return torch.cat([x for x, _ in loader])
+        return torch.cat([x for x, _, _ in loader])
 
     first, images = epoch(0, 3), split.images / 255
     assert not torch.equal(first, images)
@@ -164,6 +164,23 @@ def test_shuffled_loader_shows_each_image_once_and_depends_on_seed_and_epoch_onl
     torch.rand(5)  # the global generator has no part in it
     assert torch.equal(first, epoch(0, 3))
     assert not torch.equal(first, epoch(0, 4)) and not torch.equal(first, epoch(1, 3))
+
+
+def test_after_one_epoch_each_pass_has_the_images_with_the_largest_losses_and_some_others() -> None:
+    digits = mnist(train=True).select(slice(3072))
+    loader, shown = Loader(digits, 1024, Augmentation(), seed=0), []
+    loader.losses[:] = torch.randperm(3072, generator=torch.Generator().manual_seed(0)) + 1.0
+    assert sorted(torch.cat([index for _, _, index in loader]).tolist()) == list(range(3072))
+    loader.set_epoch(1)
+    for _, labels, index in loader:  # three passes of one batch each
+        hardest = set(loader.losses.topk(512).indices.tolist())
+        others = set(index.tolist()) - hardest
+        assert len(others) == 512 and hardest < set(index.tolist())
+        assert not others < set(loader.losses.topk(2000).indices.tolist())  # they are any, not the next
+        assert torch.equal(labels, digits.labels[index])
+        loader.losses[index] = 0.5 * torch.rand(1024)
+        shown.append(hardest)
+    assert not shown[0] & shown[1] and not shown[1] & shown[2]  # a loss counts from the next pass on
 
 
 @pytest.mark.parametrize("size", [10, 23, 100, 229])
