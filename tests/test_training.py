@@ -105,7 +105,7 @@ def test_statistics_of_the_averaged_network_are_those_of_plain_digits(trained: P
 
 def test_buffers_follow_the_network_and_statistics_are_measured(tiny: Path, tmp_path: Path) -> None:
     split = utils.load_mnist(tiny, train=True, device=CPU)
-    run = train.build_run(Recipe(), CPU, data_crc=0, loader=Loader(split, 64, Augmentation(), seed=0))
+    run = train.build_run(Recipe(), CPU, data_crc=0, loader=utils.Loader(split, 64, utils.Augmentation(), seed=0))
     for model, value in ((run.model, 1.0), (run.average, 0.0)):
         model.register_buffer("own", torch.tensor(value))
     entry = dict.fromkeys(("epoch", "learning_rate", "train_loss", "train_accuracy"), 1)
