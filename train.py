@@ -134,7 +134,7 @@ def train_once(args: argparse.Namespace, recipe: Recipe, last: Path | None) -> i
     try:
         for epoch in range(len(run.history), recipe.epochs):
             entry = train_epoch(run, loss_fn, epoch)
-            end_epoch(run, entry, train_split, val_split, out, board)
+            end_epoch(run, entry, val_split, out, board)
     except KeyboardInterrupt:
         kept = "Finished epochs are kept; go on with --resume." if run.history and not args.dry_run else ""
         print(f"\nStopped. {kept}", file=sys.stderr)
@@ -246,14 +246,12 @@ def make_loss(recipe: Recipe, device: torch.device) -> Callable[[Tensor, Tensor,
     return distillation_loss
 
 
-def end_epoch(
-    run: Run, entry: dict[str, float], train_split: Split, val_split: Split | None, out: Path, board: Any
-) -> None:
+def end_epoch(run: Run, entry: dict[str, float], val_split: Split | None, out: Path, board: Any) -> None:
     """Measure the averaged network, add `entry` to the history, write last.pt and print the log."""
     for ours, theirs in zip(run.average.buffers(), run.model.buffers()):
         ours.copy_(theirs)  # what no average is made of; of batch normalisation, update_bn measures it anew
     # On digits as they are read: augmented ones, blurred by their interpolation, have other statistics.
-    plain = train_split.images[::PLAIN_EVERY]
+    plain = run.loader.split.images[::PLAIN_EVERY]
     update_bn((images / 255 for images in plain.tensor_split(math.ceil(len(plain) / 500))), run.average)
     if val_split is not None:
         entry.update(utils.scores("val", utils.predict(run.average, val_split.images), val_split.labels))

@@ -109,7 +109,7 @@ def test_buffers_follow_the_network_and_statistics_are_measured(tiny: Path, tmp_
     for model, value in ((run.model, 1.0), (run.average, 0.0)):
         model.register_buffer("own", torch.tensor(value))
     entry = dict.fromkeys(("epoch", "learning_rate", "train_loss", "train_accuracy"), 1)
-    train.end_epoch(run, entry, split, None, tmp_path, None)
+    train.end_epoch(run, entry, None, tmp_path, None)
     assert run.average.own == 1
     assert not torch.equal(run.average.blocks[0].norm.running_var, run.model.blocks[0].norm.running_var)
 
