@@ -66,7 +66,7 @@ class Recipe:
     translate: float = setting(0.05, "augmentation: fraction of the side, either way", 0, 1)
     shear: float = setting(10.0, "augmentation: degrees, either way", 0, 60)
     elastic: float = setting(0.35, "augmentation: standard deviation, in pixels, of elastic distortion", 0, 10)
-    variants: float = setting(0.25, "share of 1s, 7s, 9s given a flag, bar or tail; other data than MNIST: 0", 0, 1)
+    variants: float = setting(1.0, "factor of how often national variants are shown; other data than MNIST: 0", 0, 4)
     width: int = setting(1, "factor of all hidden layers' widths; wide networks are teachers", 1, MAX_WIDTH)
     activation: str = setting("silu", "activation of blocks and first linear layer", choices=tuple(ACTIVATIONS))
     adaptive_pool: str = setting("max", "pooling behind the blocks", choices=tuple(ADAPTIVE_POOLS))
@@ -81,8 +81,8 @@ class Recipe:
 
     @property
     def augmentation(self) -> Augmentation:
-        """The five ranges, as `Loader` takes them."""
-        return Augmentation(self.rotation, self.scale, self.translate, self.shear, self.elastic)
+        """What happens to training images, as `Loader` takes them."""
+        return Augmentation(self.rotation, self.scale, self.translate, self.shear, self.elastic, self.variants)
 
     def __post_init__(self) -> None:
         check_recipe(self)
@@ -116,7 +116,6 @@ def train_once(args: argparse.Namespace, recipe: Recipe, last: Path | None) -> i
     if "variants" not in args.overrides and not last and data_crc != utils.MNIST_CRC32:
         recipe = replace(recipe, variants=0.0)
     train_split, val_split = utils.make_splits(everything, recipe.val_size, recipe.folds, recipe.fold)
-    train_split = utils.draw_variants(train_split, recipe.variants, recipe.seed)
     test_split = None if recipe.folds else utils.load_mnist(args.data_dir, train=False, device=device)
     if args.dry_run:
         few = slice(8 * recipe.batch_size)

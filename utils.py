@@ -309,6 +309,7 @@ class Loader:
     def __init__(self, split: Split, batch_size: int, augmentation: Augmentation, seed: int) -> None:
         self.split, self.augmentation, self.seed = split, augmentation, seed
         self.epoch = 0
+        self.variants, self.shares = draw_variants(split, augmentation.variants, seed)
         self.losses = torch.zeros(len(split.labels), device=split.labels.device)
         full, rest = divmod(len(split.labels), batch_size)
         self.sizes = [batch_size] * full + [rest] * (rest > 0)
@@ -333,7 +334,9 @@ class Loader:
             chunks = self.chunks[start : start + length]
             order = self.choose(sum(map(sum, chunks)), generator)  # by the losses as the pass before left them
             for sizes, index in zip(chunks, order.split([sum(sizes) for sizes in chunks])):
-                x = augment(images[index].float().div_(255), self.augmentation, generator)
+                vary = torch.rand(len(index), generator=generator).to(index.device) < self.shares[index]
+                x = torch.where(vary.view(-1, 1, 1, 1), self.variants[index], images[index])
+                x = augment(x.float().div_(255), self.augmentation, generator)
                 yield from zip(x.split(sizes), labels[index].split(sizes), index.split(sizes))
 
     def choose(self, count: int, generator: torch.Generator) -> Tensor:
@@ -366,6 +369,7 @@ class Augmentation(NamedTuple):
     translate: float = 0.0  # fraction of the image's side, either way
     shear: float = 0.0  # degrees, either way, along x and along y
     elastic: float = 0.0  # standard deviation, in pixels, of the displacement of each control point
+    variants: float = 0.0  # factor of how often a digit is shown as its national variant
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Affine matrices (n, 2, 3) and control-point displacements (n, 2, K * K) in pixels, drawn from `generator`."""
@@ -421,31 +425,42 @@ def warp(images: Tensor, matrices: Tensor, displacements: Tensor, basis: Tensor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# National variants: ones with a flag, sevens with a bar, nines with a tail, drawn once on training images.
-# A point is a complex number: x + iy, in pixels, y down.
+# National variants: a flag on ones, a bar on sevens, a tail on nines, a slash through zeros. MNIST's writers were
+# Americans, who hardly ever draw them. A point is a complex number: x + iy, in pixels, y down.
 
+SHARES = {0: 0.12, 1: 0.25, 7: 0.25, 9: 0.25}  # how often a digit is shown as its variant; of zeros, an open one
 ROOM = 10  # pixels around an image, for strokes that leave it until it is centred again
+OPEN = 7  # pixels of paper that a zero's hole is wide: a slash would blot a narrower one
 
 
-def draw_variants(split: Split, share: float, seed: int) -> Split:
-    """`split` with a flag on `share` of its ones, a bar on as many of its sevens, a tail on as many of its nines.
+def draw_variants(split: Split, factor: float, seed: int) -> tuple[Tensor, Tensor]:
+    """(variants uint8 (N, 1, 28, 28), shares (N,)): what to show instead of each image of `split`, and how often.
 
-    MNIST's writers were Americans, who hardly ever draw these. All other images stay as they are.
+    Shares are `factor` times SHARES, and 0 where there is no variant.
     """
+    shares = torch.zeros(len(split.labels), device=split.labels.device)
+    if not factor:
+        return split.images, shares
+    variants = split.images.clone()
     generator = torch.Generator().manual_seed(derive_seed(seed, use=VARIANTS))
-    images, labels = split.images.cpu().clone(), split.labels.cpu()
-    for digit in (1, 7, 9):
-        candidates = (labels == digit).nonzero().squeeze(1)
-        order = torch.randperm(len(candidates), generator=generator)
-        chosen = candidates[order[: round(share * len(candidates))]]
-        ink = F.pad(images[chosen, 0] / 255, [ROOM] * 4)
-        ink = center_by_mass(draw_variant(ink, digit, generator))
-        images[chosen, 0] = (255 * ink).round().byte()
-    return Split(images.to(split.images.device), split.labels)
+    for digit, share in SHARES.items():
+        for index in (split.labels == digit).nonzero().squeeze(1).split(128):  # as many as fit a CPU's cache
+            ink = F.pad(split.images[index, 0].cpu() / 255, [ROOM] * 4)
+            drawn = center_by_mass(draw_variant(ink, digit, generator))
+            variants[index, 0] = (255 * drawn).round().byte().to(variants.device)
+            shares[index] = factor * share * (is_open(ink) if digit == 0 else torch.ones(len(index))).to(shares.device)
+    return variants, shares
+
+
+def is_open(ink: Tensor) -> Tensor:
+    """Which zeros of `ink` (N, side, side) have a hole that is wide enough for a slash, (N,)."""
+    row = ink[:, ink.shape[1] // 2] > 0.5
+    first, last = row.int().argmax(1), ink.shape[1] - 1 - row.flip(1).int().argmax(1)
+    return last + 1 - first - row.sum(1) >= OPEN
 
 
 def draw_variant(ink: Tensor, digit: int, generator: torch.Generator) -> Tensor:
-    """`ink` (N, side, side), 0 to 1, of ones, sevens or nines, with what belongs to `digit` drawn on each."""
+    """`ink` (N, side, side), 0 to 1, of zeros, ones, sevens or nines, with what belongs to `digit` drawn on each."""
     side = ink.shape[1]
     inked_rows = (ink > 0.5).any(2).int()
     top = inked_rows.argmax(1)
@@ -465,7 +480,10 @@ def draw_variant(ink: Tensor, digit: int, generator: torch.Generator) -> Tensor:
         return torch.polar(uniform(low, high) * height, torch.deg2rad(degrees))
 
     width = uniform(1.2, 3.0)
-    if digit == 1:
+    if digit == 0:
+        middle, half = at(uniform(0.4, 0.6)), way(0.55, 1.0, uniform(-90, -25))
+        ink = draw_stroke(ink, middle - half, middle + half, width)
+    elif digit == 1:
         tip, foot = at(0.0), at(1.0)
         ink = draw_stroke(ink, tip, tip + way(0.25, 1.0, 180 - uniform(26, 66)), width)
         left, right = foot - uniform(0.1, 0.3) * height, foot + uniform(0.1, 0.3) * height
@@ -484,11 +502,14 @@ def draw_variant(ink: Tensor, digit: int, generator: torch.Generator) -> Tensor:
 
 def draw_stroke(ink: Tensor, start: Tensor, end: Tensor, width: Tensor) -> Tensor:
     """`ink` (N, side, side), 0 to 1, with a straight stroke from `start` to `end` (N,), `width` (N,) pixels wide."""
-    start, end, width = (value.view(-1, 1, 1) for value in (start, end, width))
-    offset = pixel_grid(ink.shape[1]) - start
-    along = (offset / (end - start)).real.clamp(0, 1)  # where the stroke is nearest: 0 at its start, 1 at its end
-    distance = (offset - along * (end - start)).abs()
-    return torch.maximum(ink, (width / 2 + 0.5 - distance).clamp(0, 1))
+    line = torch.arange(float(ink.shape[1]))
+    x, y = (line - start.real.view(-1, 1, 1)), (line.view(-1, 1) - start.imag.view(-1, 1, 1))
+    way = (end - start).view(-1, 1, 1)
+    length = way.abs().clamp(min=1e-6)
+    dx, dy = way.real / length, way.imag / length
+    along = (x * dx + y * dy).clamp(min=0).minimum(length)  # where the stroke is nearest to a pixel, from its start
+    distance = ((x - along * dx).square() + (y - along * dy).square()).sqrt()
+    return torch.maximum(ink, (width.view(-1, 1, 1) / 2 + 0.5 - distance).clamp(0, 1))
 
 
 def center_by_mass(ink: Tensor) -> Tensor:
@@ -496,20 +517,15 @@ def center_by_mass(ink: Tensor) -> Tensor:
 
     Shrunk where ink would come nearer than 2 pixels to the edge; moved by whole pixels otherwise.
     """
-    side, pixels = ink.shape[1], pixel_grid(ink.shape[1])
-    center = (ink * pixels).sum((1, 2), keepdim=True) / ink.sum((1, 2), keepdim=True)
-    center = torch.complex(center.real.round(), center.imag.round())
-    distance = torch.view_as_real(pixels - center).abs().amax(3)
-    scale = ((distance * (ink > 0)).amax((1, 2), keepdim=True) / 12).clamp(min=1)
-    sources = center + scale * (pixel_grid(IMAGE_SIZE) - (14 + 14j))  # the points that the new pixels show
-    grid = torch.view_as_real(sources) * 2 / (side - 1) - 1  # grid_sample's units: -1 to 1 from edge to edge
+    line = torch.arange(float(ink.shape[1]))
+    profiles = torch.stack([ink.sum(1), ink.sum(2)], 1)  # (N, 2, side): along x and along y
+    center = (profiles @ line / profiles.sum(2)).round().unsqueeze(2)
+    reach = ((line - center).abs() * (profiles > 0)).amax((1, 2)).view(-1, 1, 1)
+    sources = center + (reach / 12).clamp(min=1) * (torch.arange(IMAGE_SIZE) - 14)  # the points that new pixels show
+    x, y = (sources * 2 / (len(line) - 1) - 1).unbind(1)  # grid_sample's units: -1 to 1 from edge to edge
+    shape = len(ink), IMAGE_SIZE, IMAGE_SIZE
+    grid = torch.stack([x.unsqueeze(1).expand(shape), y.unsqueeze(2).expand(shape)], 3)
     return F.grid_sample(ink.unsqueeze(1), grid, align_corners=True).squeeze(1)
-
-
-def pixel_grid(side: int) -> Tensor:
-    """Each pixel of an image as a point, (side, side)."""
-    x, y = torch.meshgrid(torch.arange(float(side)), torch.arange(float(side)), indexing="xy")
-    return torch.complex(x, y)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

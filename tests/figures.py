@@ -38,18 +38,17 @@ COLUMNS = 12
 
 
 def draw_variants(path: Path) -> None:
-    """Ones, sevens and nines of MNIST, and the same with what `utils.draw_variants` adds."""
+    """Zeros, ones, sevens and nines of MNIST, and the same with what `utils.draw_variants` adds."""
     digits = utils.load_mnist(ROOT / "data", train=True, device=CPU)
-    drawn = utils.draw_variants(digits, share=0.25, seed=0)
-    changed = (digits.images != drawn.images).flatten(1).any(1)
+    variants, shares = utils.draw_variants(digits, factor=1.0, seed=0)
     figure, axes = sheet(
-        "Ones with a flag, sevens with a bar, nines with a tail",
+        "Zeros with a slash, ones with a flag, sevens with a bar, nines with a tail",
         "MNIST's training images, and the same with what much of the world adds to them",
-        rows=6, columns=COLUMNS, panel=0.8, gap=(0.08, 0.26),
+        rows=8, columns=COLUMNS, panel=0.8, gap=(0.08, 0.26),
     )  # fmt: skip
-    for digit, (before, after) in zip((1, 7, 9), axes.reshape(3, 2, COLUMNS)):
-        chosen = (changed & (digits.labels == digit)).nonzero().squeeze(1)[:COLUMNS]
-        for row, images, label in ((before, digits.images, "MNIST"), (after, drawn.images, "drawn")):
+    for digit, (before, after) in zip(utils.SHARES, axes.reshape(4, 2, COLUMNS)):
+        chosen = ((shares > 0) & (digits.labels == digit)).nonzero().squeeze(1)[:COLUMNS]
+        for row, images, label in ((before, digits.images, "MNIST"), (after, variants, "drawn")):
             for axis, image in zip(row, images[chosen, 0]):
                 show_image(axis, image)
             row[0].set_title(label, loc="left", color=MUTED)
