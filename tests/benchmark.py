@@ -81,14 +81,13 @@ def plain_network() -> nn.Sequential:
     )
 
 
-def plain_loader(workers: int) -> DataLoader:
+AFFINE = transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=10)
+
+
+def plain_loader(workers: int, augment: Callable = AFFINE) -> DataLoader:
     """PIL images and torchvision's transforms."""
-    augment = transforms.Compose([
-        transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=10),
-        transforms.ToTensor(),
-        transforms.Normalize((0.1307,), (0.3081,)),
-    ])  # fmt: skip
-    return DataLoader(Digits(augment), batch_size=64, shuffle=True, num_workers=workers)
+    transform = transforms.Compose([augment, transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+    return DataLoader(Digits(transform), batch_size=64, shuffle=True, num_workers=workers)
 
 
 def plain_optimizer(model: nn.Module) -> torch.optim.SGD:
@@ -96,7 +95,7 @@ def plain_optimizer(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), 0.015, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
 
-def plain_epoch(model: nn.Module, optimizer: torch.optim.SGD, batches: Iterable) -> None:
+def plain_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable) -> None:
     """Eager steps, with `loss.item()` in each."""
     total_loss = 0.0
     for images, labels in batches:
