@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import copy
 import json
 import math
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps, ImageStat
+from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
@@ -26,6 +27,11 @@ from tqdm import tqdm
 import utils
 from model import ACTIVATIONS, ADAPTIVE_POOLS, CLASSES, IMAGE_SIZE, Net, count_parameters, kernel_and_stride
 from utils import SPLITS, Split, UserError
+
+with contextlib.suppress(ImportError):  # optional, for the photos of iPhones
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 PAGE = Path(__file__).resolve().parent / "assets" / "draw.html"
 
@@ -39,9 +45,13 @@ def measure(model: Net, split: Split) -> dict[str, Any]:
     logits = utils.predict(model, split.images)
     confusion = utils.confusion_matrix(logits.argmax(1), split.labels)
     count, right = len(split.labels), int(confusion.trace())
+    sure = logits.softmax(1).amax(1) > SURE
     return {
         "accuracy": right / count,
         "loss": F.cross_entropy(logits, split.labels).item(),
+        "sure": sure.float().mean().item(),
+        "sure_count": int(sure.sum()),
+        "sure_errors": int((sure & (logits.argmax(1) != split.labels)).sum()),
         "count": count,
         "errors": count - right,
         "parameters": count_parameters(model),
@@ -67,12 +77,13 @@ def by_digit(confusion: Tensor) -> list[dict[str, Any]]:
 
 def print_report(path: Path, split: str, results: dict[str, Any]) -> None:
     """The results as a person reads them."""
-    name = SPLITS[split].capitalize()
+    name, wrong = SPLITS[split].capitalize(), results["sure_errors"]
     rows = {
         "Checkpoint": path,
         "Parameters": f"{results['parameters']:,}",
         f"{name} accuracy": f"{results['accuracy']:.2%}  ({results['errors']} errors in {results['count']:,})",
         f"{name} loss": f"{results['loss']:.4f}",
+        f"Over {SURE:.0%} sure": f"{results['sure']:.2%}  ({wrong} of {results['sure_count']:,} wrong)",
     }
     width = max(map(len, rows)) + 1
     for row, value in rows.items():
@@ -94,34 +105,47 @@ def print_report(path: Path, split: str, results: dict[str, Any]) -> None:
 
 MIN_SIDE, MAX_PIXELS = 8, 64 * 2**20  # smaller and larger images are refused
 WORK_SIZE = 512  # pixels a side; larger images are averaged down to this at once
-PAPER_SIZE = 32  # at this size the paper's brightness is fitted
-OVERVIEW_SIZE = 64  # at this size the digit is told from frames and specks
+OVERVIEW_SIZE = 96  # pixels; at this size paper, digits, frames and specks are told apart
+SKEW_SIZE = 32  # pixels; at this size ink is told from paper by being rare
+WINDOW = 2 / 3  # of the shorter side: what is wider is paper, desk or shadow; a thick tight stroke is not
 MIN_CONTRAST = 0.03  # of the paper's brightness: fainter marks are taken for paper
 INK_LEVEL = 1 / 3  # of the darkest ink's depth: what is fainter is a shadow or noise
 MIN_PART = 0.03  # of the digit's ink: smaller parts are specks
+MIN_FREE = 0.003  # of the largest part's ink: what lies free of the border is the digit, however wide the desk
+OVERLAP = 1 / 3  # of the narrower part's width: parts that share more of it are one digit, slanted ones share some
+CRACK = 0.04  # of the ink's height: a gap up to this is a break in a digit
+MIN_HEIGHT = 1 / 2  # of the tallest digit: a lower part is a digit's second stroke
 MARGIN = 0.12  # of the image's shorter side: ink that stays within it is a frame, a ruled box or the scanner's lid
 DIGIT_SIZE = 20  # MNIST's digits fit into 20 x 20 of the 28 x 28 pixels
 ZOOM = 3  # the digit is cut out this many times larger
+HEIF, HEIF_PACKAGE = {".heic", ".heif"}, "pillow-heif"  # what iPhones take, and what lets Pillow read it
+UNSURE, SURE = 0.8, 0.99  # probabilities: below, the second guess is told too; above, an answer counts as sure
 MIN_STROKE = 2.0  # of the 20 pixels: thinner pens are thickened; nine tenths of MNIST's strokes are 1.6 to 3.6 wide
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """Files of `paths` as given, whether they exist or not; folders by what they hold, at any depth, sorted.
 
-    In a folder, endings that Pillow reads count, hidden files do not. A folder without any stands for itself.
+    In a folder, endings that Pillow reads count, hidden files do not; a warning says what else it holds. A folder
+    without any image stands for itself.
     """
     readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = []
+    found, skipped = [], []
     for path in paths:
         is_folder = os.path.isdir(path)  # Path.is_dir raises where a name is too long
-        images = [file for file in path.rglob("*") if file.suffix.lower() in readable] if is_folder else []
-        visible = [file for file in images if not any(p.startswith(".") for p in file.relative_to(path).parts)]
-        found += sorted(visible) or [path]
+        files = [file for file in path.rglob("*") if file.is_file()] if is_folder else []
+        visible = [file for file in files if not any(p.startswith(".") for p in file.relative_to(path).parts)]
+        images = [file for file in visible if file.suffix.lower() in readable]
+        skipped += [file.suffix.lower() or "no ending" for file in visible if file.suffix.lower() not in readable]
+        found += sorted(images) or [path]
+    if skipped:
+        kinds = [kind + f" (needs {HEIF_PACKAGE})" * (kind in HEIF) for kind in sorted(set(skipped))]
+        utils.warn(f"{len(skipped)} file{'s' * (len(skipped) > 1)} skipped: {', '.join(kinds)}")
     return found
 
 
-def read_digit(path: str | Path) -> tuple[Image.Image, Tensor]:
-    """The image at `path`, RGB and at most 512 pixels a side, and its digit prepared, uint8 (28, 28), ink 255 on 0.
+def read_number(path: str | Path) -> tuple[Image.Image, Tensor]:
+    """The image at `path`, RGB and at most 512 pixels a side, and its digits prepared, uint8 (N, 28, 28), ink 255 on 0.
 
     Raises UserError, one line naming the file, for what cannot be read, is blank, too small or too large.
     """
@@ -132,7 +156,13 @@ def read_digit(path: str | Path) -> tuple[Image.Image, Tensor]:
             warnings.simplefilter("ignore")  # Pillow warns of large and odd files; what matters is refused below
             image = open_image(path)
         gray = torch.from_numpy(np.asarray(image.convert("L"), np.float32) / 255)
-        return image, prepare_digit(gray)
+        return image, prepare_digits(gray)
+    except UnidentifiedImageError as error:
+        lacks = Path(path).suffix.lower() in HEIF and not HEIF & set(Image.registered_extensions())
+        reason = (
+            f"needs the package {HEIF_PACKAGE}: pip install {HEIF_PACKAGE}" if lacks else "no image Pillow can read"
+        )
+        raise UserError(f"{path}: {reason}") from error
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: {reason}") from error
@@ -183,7 +213,9 @@ def fit_within(image: Tensor, side: int) -> Tensor:
 
 def dilate(image: Tensor, side: int) -> Tensor:
     """The maximum of (H, W) over a square of `side` pixels, an odd number, around each pixel."""
-    return F.max_pool2d(image[None, None], side, 1, side // 2)[0, 0]
+    for _ in range(2):  # columns, then rows; twenty times as fast as max_pool2d where `side` is large
+        image = F.pad(image, [side // 2] * 2, value=-math.inf).t().contiguous().unfold(0, side, 1).amax(2)
+    return image
 
 
 def crop(image: Tensor, mask: Tensor) -> Tensor:
@@ -192,66 +224,118 @@ def crop(image: Tensor, mask: Tensor) -> Tensor:
     return image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def prepare_digit(gray: Tensor) -> Tensor:
-    """Brightness (H, W), 0 to 1, of dark ink or light -> uint8 (28, 28) as in MNIST; ValueError if it is blank."""
-    small = fit_within(gray, PAPER_SIZE)
-    if is_light_on_dark(small):
-        gray, small = 1 - gray, 1 - small
-    paper = resize(fit_paper(small), *gray.shape)
-    depth = ((paper - gray) / paper.clamp(min=0.05)).clamp(min=0)  # how much of the light the ink swallows
-    return center(thicken(cut_out(depth)))
+def prepare_digits(gray: Tensor) -> Tensor:
+    """Brightness (H, W), 0 to 1, of a digit or several side by side -> uint8 (N, 28, 28) as in MNIST, from the left.
+
+    Of dark and light marks those are the ink that look more like it; ValueError if there are none.
+    """
+    small = fit_within(gray, OVERVIEW_SIZE)
+    (paper, digits), (light_paper, light) = find_digits(small), find_digits(1 - small)
+    if not digits and not light:
+        raise ValueError("blank, no ink found")
+    # Twice, so that the histogram, which is right about scans, does not outvote the strokes on a desk or in a shadow.
+    if not digits or (light and asymmetry(small) > 2 * (stroke_likeness(digits) - stroke_likeness(light))):
+        gray, small, paper, digits = 1 - gray, 1 - small, light_paper, light
+    depth, overview = ink_depth(gray, resize(paper, *gray.shape)), ink_depth(small, paper)
+    ink = overview > INK_LEVEL * overview.max()
+    places = [dilate(digit.float(), 3) * (digit | ~ink) for digit in digits]  # a pixel around, but nobody else's ink
+    return torch.stack([center(thicken(cut_out(depth * resize(place, *gray.shape)))) for place in places])
 
 
-def is_light_on_dark(gray: Tensor) -> bool:
-    """Whether ink is lighter than the paper in (H, W): ink is rare, which skews the histogram, and not at the border.
+def close(gray: Tensor) -> Tensor:
+    """The paper under the ink: (H, W) without what is dark and narrower than WINDOW, by morphological closing."""
+    side = int(WINDOW * min(gray.shape)) // 2 * 2 + 1
+    return -dilate(-dilate(gray, side), side)
+
+
+def ink_depth(gray: Tensor, paper: Tensor) -> Tensor:
+    """How much of the paper's light the ink swallows, 0 to 1: (H, W)."""
+    return ((paper - gray) / paper.clamp(min=0.05)).clamp(min=0)
+
+
+def asymmetry(gray: Tensor) -> float:
+    """How much (H, W) is like light ink on dark: ink is rare, which skews the histogram, and not at the border.
 
     A frame may cover the border, so that it has less of a say.
     """
+    gray = fit_within(gray, SKEW_SIZE)
     flat = gray - resize(resize(gray, 3, 3), *gray.shape)  # uneven light makes large differences, ink small ones
     flat = (flat - flat.mean()) / flat.std().clamp(min=1e-6)
     border = torch.cat([flat[0], flat[-1], flat[:, 0], flat[:, -1]]).mean()
-    return bool((flat**3).mean() > border.clamp(-0.8, 0.8))
+    return ((flat**3).mean() - border.clamp(-0.8, 0.8)).item()
 
 
-def fit_paper(gray: Tensor) -> Tensor:
-    """What (H, W) would be without its dark ink: a quadratic surface with a quarter of the pixels above it.
+def stroke_likeness(digits: list[Tensor]) -> float:
+    """Logarithm of the ink's area over its thickness squared, less what of its outline lies on the image's border."""
+    ink = torch.stack(digits).any(0).float()
+    core, thickness = ink, 0
+    while core.any():
+        core, thickness = -dilate(-core, 3), thickness + 1
+    free = (outline(ink) + 1) / (outline(F.pad(ink, [1] * 4)) + 1)
+    return math.log(free * ink.sum().item() / thickness**2)
 
-    Quantile regression by reweighted least squares. It follows a lamp, a window or a lens, and is too stiff for ink.
-    """
-    y, x = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in gray.shape), indexing="ij")
-    terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], 2).view(-1, 6)
-    brightness, weight = gray.reshape(-1, 1), torch.ones(gray.numel(), 1)
-    for _ in range(5):
-        surface = terms @ torch.linalg.lstsq(weight * terms, weight * brightness).solution
-        above = brightness - surface
-        weight = (torch.where(above > 0, 0.75, 0.25) / above.abs().clamp(min=0.01)).sqrt()
-    return surface.view_as(gray)
+
+def outline(ink: Tensor) -> float:
+    """The length of the edges in `ink` (H, W), 0 to 1, in pixels."""
+    return torch.hypot(ink.diff(dim=0)[:, 1:], ink.diff(dim=1)[1:]).sum().item()
 
 
 def cut_out(depth: Tensor) -> Tensor:
-    """The digit in `depth` (H, W), cropped, ink 1 on 0, some 60 pixels a side; ValueError if there is none."""
-    overview = fit_within(depth, OVERVIEW_SIZE)
-    if overview.max() < MIN_CONTRAST:
-        raise ValueError("blank, no ink found")
-    place = resize(select_digit(overview), *depth.shape)
-    digit = fit_within(crop(depth * place, place > 0), ZOOM * (DIGIT_SIZE + 4))
+    """The only digit in `depth` (H, W), cropped, ink 1 on 0, some 60 pixels a side."""
+    digit = fit_within(crop(depth, depth > 0), ZOOM * (DIGIT_SIZE + 4))
     full = digit[digit > 0.4 * digit.max()].quantile(0.6)  # the middle of a stroke
     ink = (2 * digit / full - 0.5).clamp(0, 1)
     return crop(ink, ink > 0.5)
 
 
-def select_digit(depth: Tensor) -> Tensor:
-    """1 in (H, W) where the digit is and a pixel around, 0 elsewhere: all parts of the ink but frames and specks."""
+def find_digits(gray: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The paper of (H, W) and the digits in dark ink, from the left: masks (H, W), without frames and specks."""
+    paper = close(gray)
+    depth = ink_depth(gray, paper)
+    if depth.max() < MIN_CONTRAST:
+        return paper, []
     ink = depth > INK_LEVEL * depth.max()
     parts = number_parts(ink)
     mass = torch.bincount(parts.flatten(), (depth * ink).flatten())
     (height, width), margin = ink.shape, int(MARGIN * min(ink.shape))
+    border = torch.cat([parts[0], parts[-1], parts[:, 0], parts[:, -1]])
     inside = parts[margin : height - margin, margin : width - margin].flatten()
-    mass_inside = mass * (torch.bincount(inside, minlength=len(mass)) > 0)
-    if mass_inside.max() > MIN_PART * mass.max():  # else a small digit lies in a corner
-        mass = mass_inside
-    digit = ink & (mass >= MIN_PART * mass.max())[parts]
-    return dilate(digit.float(), 3) * (digit | ~ink)
+    free = torch.bincount(border, minlength=len(mass)) == 0
+    central = torch.bincount(inside, minlength=len(mass)) > 0
+    for can_be, least in ((free, MIN_FREE), (central, MIN_PART)):
+        if (mass * can_be).max() > least * mass.max():  # else the digit is cut tightly, or small and in a corner
+            mass = mass * can_be
+    numbers = (mass >= MIN_PART * mass.max()).nonzero().flatten().tolist()
+    return paper, side_by_side([parts == number for number in numbers])
+
+
+def side_by_side(parts: list[Tensor]) -> list[Tensor]:
+    """Masks (H, W) joined to digits, from the left: those above each other, and low ones with what is nearest."""
+    digits: list[Tensor] = []
+    top, bottom = extent(torch.stack(parts).any(0), 1)
+    for part in sorted(parts, key=lambda part: extent(part, 0)):
+        (left, right), (first, last) = extent(part, 0), extent(digits[-1] if digits else part, 0)
+        shared = min(right, last) - left
+        cracked = -CRACK * (bottom - top) <= shared <= 0
+        if digits and (cracked or shared > OVERLAP * min(right - left, last - first)):
+            digits[-1] = digits[-1] | part
+        else:
+            digits.append(part)
+    while len(digits) > 1:
+        heights = [bottom - top for top, bottom in (extent(digit, 1) for digit in digits)]
+        low = heights.index(min(heights))
+        if heights[low] >= MIN_HEIGHT * max(heights):
+            break
+        gaps = [extent(after, 0)[0] - extent(before, 0)[1] for before, after in zip(digits, digits[1:])]
+        first = low if low == 0 or (low < len(gaps) and gaps[low] < gaps[low - 1]) else low - 1
+        digits[first : first + 2] = [digits[first] | digits[first + 1]]
+    return digits
+
+
+def extent(mask: Tensor, axis: int) -> tuple[int, int]:
+    """The first column (`axis` 0) or row (1) in which (H, W) is set, and the one behind the last."""
+    lines = mask.any(axis).nonzero().flatten()
+    return int(lines[0]), int(lines[-1]) + 1
 
 
 def number_parts(mask: Tensor) -> Tensor:
@@ -293,25 +377,26 @@ def classify(model: nn.Module, digits: Tensor) -> Tensor:
     return utils.predict(model, digits.unsqueeze(1).to(device)).softmax(1).cpu()
 
 
-def read_digits(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image, Tensor]]:
-    """Each of `files` with what `read_digit` makes of it; one that cannot be read is a warning, and left out."""
+def read_numbers(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image, Tensor]]:
+    """Each of `files` with what `read_number` makes of it; one that cannot be read is a warning, and left out."""
     for path in (bar := tqdm(files, "Reading", leave=False, delay=2, disable=None)):
         try:
-            image, digit = read_digit(path)
+            image, digits = read_number(path)
         except UserError as error:
             bar.clear()
             utils.warn(str(error))
         else:
-            yield path, image, digit
+            yield path, image, digits
 
 
 def read_images(model: Net, files: Sequence[Path]) -> dict[str, Any]:
     """Everything that is reported of those of `files` that can be read, ready for JSON."""
-    found = [(path, digit) for path, _, digit in read_digits(files)]
-    probabilities = classify(model, torch.stack([digit for _, digit in found])) if found else torch.empty(0, 10)
-    images = [describe(path, p.tolist()) for (path, _), p in zip(found, probabilities)]
+    found = [(path, digits) for path, _, digits in read_numbers(files)]
+    probabilities = classify(model, torch.cat([digits for _, digits in found])) if found else torch.empty(0, 10)
+    shares = probabilities.split([len(digits) for _, digits in found])
+    images = [describe(path, p) for (path, _), p in zip(found, shares)]
     results: dict[str, Any] = {"images": images}
-    right = [image["digit"] == image["label"] for image in images if "label" in image]
+    right = [image["number"] == image["label"] for image in images if "label" in image]
     if right:
         results.update(accuracy=sum(right) / len(right), right=sum(right), labelled=len(right))
     return results
@@ -320,23 +405,41 @@ def read_images(model: Net, files: Sequence[Path]) -> dict[str, Any]:
 def print_images(results: dict[str, Any]) -> None:
     """A line for each image, and the accuracy if some have labels."""
     for image in results["images"]:
-        print(f"{image['path']}\t{image['digit']}\t{image['confidence']:.4f}")
+        doubt = f"\tor perhaps {image['second_guess']}" if "second_guess" in image else ""
+        print(f"{image['path']}\t{image['number']}\t{image['confidence']:.4f}{doubt}")
     if "accuracy" in results:
         print(f"Accuracy: {results['accuracy']:.2%} ({results['right']} of {results['labelled']})")
 
 
-def describe(path: Path, probabilities: list[float]) -> dict[str, Any]:
-    """What is reported of one image; the label is the name of its folder, where that is a digit."""
-    confidence = max(probabilities)
-    digit, label = probabilities.index(confidence), folder_label(path)
-    shares = {"confidence": confidence, "probabilities": probabilities}
-    return {"path": str(path), "digit": digit, **shares, **({} if label is None else {"label": label})}
+def describe(path: Path, probabilities: Tensor) -> dict[str, Any]:
+    """What is reported of one image with digits of `probabilities` (N, 10); the label is the name of its folder."""
+    confidences, digits = probabilities.max(1)
+    number, doubt, label = digits_to_text(digits), second_guess(probabilities), folder_label(path)
+    each = [
+        {"digit": digit, "confidence": max(shares), "probabilities": shares}
+        for digit, shares in zip(digits.tolist(), probabilities.tolist())
+    ]
+    described = {"path": str(path), "number": number, "confidence": confidences.min().item(), "digits": each}
+    return {**described, **({"second_guess": doubt} if doubt else {}), **({"label": label} if label else {})}
 
 
-def folder_label(path: Path) -> int | None:
-    """The digit that the image's folder is named by, if it is."""
+def second_guess(probabilities: Tensor) -> str | None:
+    """The number of (N, 10) with the least sure digit's second guess, where its probability is below UNSURE."""
+    confidences, digits = probabilities.max(1)
+    least = int(confidences.argmin())
+    digits[least] = probabilities[least].topk(2).indices[1]
+    return digits_to_text(digits) if confidences[least] < UNSURE else None
+
+
+def digits_to_text(digits: Tensor) -> str:
+    """Digits (N,) as one writes them."""
+    return "".join(map(str, digits.tolist()))
+
+
+def folder_label(path: Path) -> str | None:
+    """The number that the image's folder is named by, if it is."""
     folder = path.absolute().parent.name
-    return int(folder) if folder in set("0123456789") else None
+    return folder if set(folder) <= set("0123456789") and folder else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,7 +580,7 @@ def parse_args() -> argparse.Namespace:
     add("--json", metavar="PATH",
         help="also write the results as JSON, all shares from 0 to 1; - writes only that, to stdout")  # fmt: skip
     add("--images", type=Path, nargs="+", metavar="PATH",
-        help="read these images, or folders of images, one handwritten digit each, instead of a split")  # fmt: skip
+        help="read these images, or folders of images, a digit or a number each, instead of a split")  # fmt: skip
     add("--export", type=Path, metavar="FILE",
         help="write the network to FILE instead: as ONNX (.onnx), or as a page to draw digits on (.html)")  # fmt: skip
     args = parser.parse_args()

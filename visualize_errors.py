@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from torch import Tensor
 
 import utils
 from model import CLASSES, Net
-from test_model import classify, find_images, folder_label, read_digits
+from test_model import classify, digits_to_text, find_images, folder_label, read_numbers, second_guess
 from utils import SPLITS, Split, UserError, at_least
 
 EXPLAINED = 8  # mistakes in explain.png
@@ -247,31 +248,40 @@ def plot_embedding(model: Net, predictions: Predictions) -> Figure:
 
 
 def plot_images(
-    names: list[str], labels: list[int | None], originals: list[Image.Image], digits: Tensor, probabilities: Tensor
+    names: list[str],
+    labels: list[str | None],
+    originals: list[Image.Image],
+    digits: Sequence[Tensor],
+    probabilities: Sequence[Tensor],
 ) -> Figure:
-    """Each image as it was, as the network sees it, uint8 (N, 28, 28), and its probabilities (N, 10).
+    """Each image as it was, its digits as the network sees them, uint8 (N, 28, 28), and the probabilities (N, 10).
 
-    Where the digit read is not the label, the caption has both, as in errors.png.
+    A number's digits stand side by side. Where the number read is not the label, the
+    caption has both, as in errors.png; where the network is unsure, the caption has its second guess.
     """
     across = min(2, len(names))
     figure, axes = sheet(
         "What the network reads in your images",
-        "The image, its 28x28 digit, and the probability of each digit; of misread ones: true label → prediction",
+        "The image, its 28x28 digits, and the probabilities of the least sure one; of misread ones: label → prediction",
         rows=math.ceil(len(names) / across), columns=3 * across, panel=1.3, gap=(0.25, 0.55),
     )  # fmt: skip
-    for panels, name, label, original, digit, p in zip(
+    for (left, middle, right), name, label, original, its_digits, shares in zip(
         axes.reshape(-1, 3), names, labels, originals, digits, probabilities
     ):
-        left, middle, right = panels
         show_image(left, original)
         left.set_title(name, loc="left", color=MUTED, parse_math=False)
-        show_image(middle, digit)
+        show_image(middle, torch.cat(list(its_digits), 1))
+        number, doubt = digits_to_text(shares.argmax(1)), second_guess(shares)
+        middle.set_xlabel(f"or perhaps {doubt}" if doubt else "", color=MUTED)
+        p = shares[shares.amax(1).argmin()]
         best = int(p.argmax())
         right.set_axis_on()
         right.bar(range(CLASSES), p.numpy(), color=[ACCENT if k == best else "0.7" for k in range(CLASSES)])
         right.set(xticks=range(CLASSES), yticks=[], ylim=(0, 1))
         right.tick_params(length=0, labelsize=8)
-        caption(right, f"reads {best}" if label in (None, best) else f"{label} → {best}", f"{p[best]:.1%}")
+        read = f"reads {number}" if label in (None, number) else f"{label} → {number}"
+        caption(right, read if len(number) == 1 else "", f"{p[best]:.1%}")
+        caption(middle, read if len(number) > 1 else "", "")  # where a number has room
     return figure
 
 
@@ -430,16 +440,17 @@ def draw_images(args: argparse.Namespace, model: Net) -> int:
     if len(paths) > args.max:
         print(f"Showing the first {args.max} of {len(paths):,} images; --max N shows more")
         paths = paths[: args.max]
-    found = list(read_digits(paths))
+    found = list(read_numbers(paths))
     repeated = Counter(path.name for path in paths)
     names = [f"{path.parent.name}/{path.name}" if repeated[path.name] > 1 else path.name for path, _, _ in found]
     names = [name.encode("utf-8", "replace").decode() for name in names]  # bytes that are not UTF-8 cannot be drawn
     names = [name if len(name) <= 30 else f"…{name[-29:]}" for name in names]
     if found:
-        digits = torch.stack([digit for _, _, digit in found])
+        digits = [digits for _, _, digits in found]
         originals = [ImageOps.pad(original, (400, 400), color="white") for _, original, _ in found]
         labels = [folder_label(path) for path, _, _ in found]
-        save(plot_images(names, labels, originals, digits, classify(model, digits)), args.out / "images.png")
+        probabilities = classify(model, torch.cat(digits)).split(list(map(len, digits)))
+        save(plot_images(names, labels, originals, digits, probabilities), args.out / "images.png")
     return 0 if len(found) == len(paths) else 1
 
 

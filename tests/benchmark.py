@@ -161,8 +161,8 @@ def own_images() -> Work:
         photo.save(Path(folder.name, f"{index}.jpg"))
 
     def read(count: int) -> None:
-        digits = [test_model.read_digit(Path(folder.name, f"{index}.jpg"))[1] for index in range(count)]
-        test_model.classify(model, torch.stack(digits))
+        digits = [test_model.read_number(Path(folder.name, f"{index}.jpg"))[1] for index in range(count)]
+        test_model.classify(model, torch.cat(digits))
 
     read(5)
     return partial(read, 60), 60

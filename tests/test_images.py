@@ -16,7 +16,7 @@ from conftest import ROOT, mnist
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
-from test_model import find_images, read_digit
+from test_model import find_images, read_number, second_guess
 from utils import UserError
 
 MNIST = mnist(train=False)
@@ -41,6 +41,21 @@ def scan(index: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 
 
+def photo(kind: str, *indices: int) -> Image.Image:
+    """Test digits `indices` in a row on paper of a `kind`: "lined", "shadow" (a sharp edge), "desk" or "number"."""
+    row = Image.new("L", (150 * len(indices) + 150, 300))
+    for place, index in enumerate(indices):
+        row.paste(ink(index, 150), (75 + 150 * place, 75))
+    picture = 225 - 180 * (np.asarray(row) / 255)
+    if kind == "lined":
+        picture[::25] -= 30
+    if kind == "shadow":
+        picture[:, picture.shape[1] // 2 :] *= 0.55
+    picture += np.random.default_rng(0).normal(0, 3, picture.shape)
+    sheet = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    return ImageOps.expand(sheet, (60, 0, 90, 120), 70) if kind == "desk" else sheet
+
+
 def likeness(a: Tensor, b: Tensor) -> float:
     """Correlation of two digits at the best of nine shifts: the centre of mass may round either way."""
     shifts = [a.roll((y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
@@ -51,7 +66,7 @@ def likeness(a: Tensor, b: Tensor) -> float:
 def test_prepared_digits_are_framed_as_mnist(side: int, tmp_path: Path) -> None:
     for i in range(10):
         ImageOps.invert(ink(i, side)).save(tmp_path / "digit.png")
-        digit = read_digit(str(tmp_path / "digit.png"))[1]  # a path or, as README has it, a string
+        digit = read_number(str(tmp_path / "digit.png"))[1][0]  # a path or, as README has it, a string
         assert digit.shape == (28, 28) and digit.dtype == torch.uint8 and digit.max() == 255
         y, x = (digit > 100).nonzero().T
         assert 18 <= max(y.max() - y.min(), x.max() - x.min()) + 1 <= 20
@@ -94,14 +109,14 @@ VARIANTS = {
 def test_what_should_not_matter_does_not(name: str, tmp_path: Path) -> None:
     VARIANTS[name].save(tmp_path / name, **({"exif": TURNED} if name.startswith("turned") else {}))
     PLAIN.save(tmp_path / "plain.png")
-    shown, digit = read_digit(tmp_path / name)
+    shown, (digit,) = read_number(tmp_path / name)
     assert shown.mode == "RGB"
-    assert likeness(digit, read_digit(tmp_path / "plain.png")[1]) > 0.9
+    assert likeness(digit, read_number(tmp_path / "plain.png")[1][0]) > 0.9
 
 
 def test_what_cannot_be_read_is_one_line_each(call: Callable, trained: Path, tmp_path: Path) -> None:
     words = {
-        "white.png": "blank", "small.png": "too few", "large.png": "too many", "text.png": "cannot identify",
+        "white.png": "blank", "small.png": "too few", "large.png": "too many", "text.png": "Pillow can read",
         "half.png": "truncated", "empty": "no images", "missing.png": "No such file",
     }  # fmt: skip
     Image.new("L", (90, 90), 255).save(tmp_path / "white.png")
@@ -113,20 +128,50 @@ def test_what_cannot_be_read_is_one_line_each(call: Callable, trained: Path, tmp
     (tmp_path / "empty").mkdir()
     for name, word in words.items():
         with pytest.raises(UserError, match=word) as error:
-            read_digit(tmp_path / name)
+            read_number(tmp_path / name)
         assert str(error.value).startswith(f"{tmp_path / name}: ")
     paths = [tmp_path / name for name in [*words, "good.png"]]
     out, err = call("test_model.py", "--checkpoint", trained / "model.pt", "--images", *paths, status=1)
     assert len(err.splitlines()) == len(words) and out.startswith(f"{tmp_path / 'good.png'}\t7\t")
 
 
-def test_find_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["lined", "shadow", "desk", "number"])
+def test_photos(kind: str, tmp_path: Path) -> None:
+    """What lies around the ink does not matter, and digits side by side are told apart."""
+    indices = [0, 1, 3, 5] if kind == "number" else [0]
+    photo(kind, *indices).save(tmp_path / "photo.png")
+    digits = read_number(tmp_path / "photo.png")[1]
+    assert len(digits) == len(indices)
+    assert all(likeness(digit, MNIST.images[i, 0]) > 0.85 for digit, i in zip(digits, indices))
+
+
+@pytest.mark.parametrize("name", ["photo.heic", "drawing.svg"])
+def test_what_pillow_cannot_read_is_said_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(Image.EXTENSION, ".heic", raising=False)  # as if pillow-heif were not installed
+    (tmp_path / name).write_text("<svg/>")
+    with pytest.raises(UserError) as error:
+        read_number(tmp_path / name)
+    assert str(error.value).count(name) == 1
+    assert ("pip install pillow-heif" if name == "photo.heic" else "Pillow can read") in str(error.value)
+
+
+def test_second_guess() -> None:
+    """Of the digit that is least sure, and only where it is not sure."""
+    sure, unsure = torch.eye(10)[3], torch.eye(10)[4] * 0.6 + torch.eye(10)[9] * 0.4
+    assert second_guess(torch.stack([sure, unsure])) == "39" and second_guess(sure[None]) is None
+
+
+def test_find_images(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(Image.EXTENSION, ".heic", raising=False)
     for name in ("b/2.PNG", "b/a b\t.jpg", "a.tif", "ä.webp", "notes.txt", "b/.hidden.png", ".git/x.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     names = ("a.tif", "b/2.PNG", "b/a b\t.jpg", "ä.webp")
+    for name in ("photo.heic", "page.pdf", "page 2.pdf"):
+        (tmp_path / name).touch()
     missing = tmp_path / ("x" * 300)
     assert find_images([missing, tmp_path]) == [missing, *(tmp_path / name for name in names)]
+    assert "4 files skipped: .heic (needs pillow-heif), .pdf, .txt" in capsys.readouterr().err
 
 
 def test_json(call: Callable, trained: Path, tmp_path: Path) -> None:
@@ -136,9 +181,10 @@ def test_json(call: Callable, trained: Path, tmp_path: Path) -> None:
     out, _ = call("test_model.py", "--checkpoint", trained / "model.pt", "--images", tmp_path, "--json", "-")
     results = json.loads(out)
     labelled, other = results["images"]
-    assert results["accuracy"] == 1 and labelled["label"] == 7 and "label" not in other
-    assert other["path"] == str(tmp_path / "b.png") and other["digit"] == 7
-    assert other["confidence"] == max(other["probabilities"]) and sum(other["probabilities"]) == pytest.approx(1)
+    assert results["accuracy"] == 1 and labelled["label"] == "7" and "label" not in other
+    (shares,) = (digit["probabilities"] for digit in other["digits"])
+    assert other["path"] == str(tmp_path / "b.png") and other["number"] == "7"
+    assert other["confidence"] == max(shares) and sum(shares) == pytest.approx(1)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's own peak memory")
@@ -149,7 +195,7 @@ def test_large_images_need_little_memory(tmp_path: Path) -> None:
     code = """if True:
         import pathlib, re, sys, test_model
         for path in sys.argv[1:]:
-            test_model.read_digit(pathlib.Path(path))
+            test_model.read_number(pathlib.Path(path))
         print(*re.findall(r"(?:VmHWM|VmRSS):\\s*(\\d+) kB", pathlib.Path("/proc/self/status").read_text()))"""
     command = [sys.executable, "-c", code, tmp_path / "large.jpg", tmp_path / "large.png"]
     peak, now = map(int, subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,14 +13,14 @@ import torch
 import torch.nn as nn
 from conftest import CPU, RELEASED, ROOT, mnist
 from PIL import Image, ImageDraw, ImageOps
-from test_images import MNIST, scan
+from test_images import MNIST, photo, scan
 from torchvision.transforms import ToTensor
 
 import model as network
 import test_model
 import utils
 from model import ADAPTIVE_POOLS, Net, count_parameters, layer_table, load_pretrained
-from test_model import find_images, read_digit
+from test_model import find_images, read_number
 
 BLOCKS = "Block Conv2d BatchNorm2d MaxPool2d SiLU Dropout " * 2 + "Block Conv2d BatchNorm2d Identity SiLU Dropout " * 2
 LAYERS = f"Net Sequential {BLOCKS}AdaptiveMaxPool2d Linear SiLU Dropout Linear"
@@ -117,10 +118,23 @@ def test_scans_are_read(call: Callable, tmp_path: Path) -> None:
     assert right >= 78 and accuracy == f"Accuracy: {right / 0.8:.2f}% ({right} of 80)"
 
 
+@pytest.mark.parametrize("kind", ["lined", "shadow", "desk", "number"])
+def test_photos_are_read(kind: str, call: Callable, tmp_path: Path) -> None:
+    groups = [range(4 * k, 4 * k + 4) for k in range(10)] if kind == "number" else [[k] for k in range(20)]
+    for indices in groups:
+        path = tmp_path / "".join(str(MNIST.labels[i].item()) for i in indices) / f"{indices[0]}.png"
+        path.parent.mkdir(exist_ok=True)
+        photo(kind, *indices).save(path)
+    out, err = call("test_model.py", "--checkpoint", RELEASED, "--images", tmp_path, "--json", "-")
+    results = json.loads(out)
+    assert results["accuracy"] >= 0.9 and results["labelled"] == len(groups) and not err
+    assert all("".join(str(digit["digit"]) for digit in i["digits"]) == i["number"] for i in results["images"])
+
+
 def test_a_hairline_is_thickened(tmp_path: Path) -> None:
     image = Image.new("L", (900, 900), 230)
     ImageDraw.Draw(image).line([(300, 200), (600, 190), (400, 700)], 30, 2)
     image.save(tmp_path / "seven.png")
     model, _ = utils.load_model(RELEASED, CPU)
-    digit = read_digit(tmp_path / "seven.png")[1]
+    digit = read_number(tmp_path / "seven.png")[1][0]
     assert test_model.classify(model, digit[None])[0].argmax() == 7 and digit[8:16].amax(1).min() > 150

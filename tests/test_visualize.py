@@ -141,8 +141,8 @@ def test_own_images(call: Callable, trained: Path, predictions: Predictions, tmp
     charts = [axis for axis in figure.axes if axis.patches]
     assert len(charts) == 3
     for axis, probabilities in zip(charts, plot.call_args.args[4]):
-        assert [bar.get_height() for bar in axis.patches] == probabilities.tolist()
-    best = plot.call_args.args[4].argmax(1).tolist()
+        assert [bar.get_height() for bar in axis.patches] == probabilities[0].tolist()
+    best = torch.cat(plot.call_args.args[4]).argmax(1).tolist()
     captions = [f"{wrong} → {best[0]}", f"reads {best[1]}", f"reads {best[2]}"]
     assert [axis.get_title("left") for axis in charts] == captions
     names = [axis.get_title("left") for axis in figure.axes if axis.get_title("left").endswith(".png")]
