@@ -300,9 +300,10 @@ HARD = 0.5  # share of a pass that goes to the images with the largest losses
 class Loader:
     """Shuffled and augmented batches of a Split: images float (B, 1, 28, 28), labels (B,), their index (B,) in it.
 
-    Epoch 0 shows each image once. Later ones show as many, in `PASSES` passes over those that `choose` takes by
-    `losses` (N,), where the training notes the loss that each image last had (after Jiang et al., "Accelerating Deep
-    Learning by Focusing on the Biggest Losers", 2019). An epoch depends on seed, batch size, its number and `losses`.
+    Epoch 0 shows each image, or its variant, once. Later ones show as many, in `PASSES` passes over those that `choose`
+    takes by `losses` (N,), where the training notes the loss that each image last had (after Jiang et al.,
+    "Accelerating Deep Learning by Focusing on the Biggest Losers", 2019). An epoch depends on seed, batch size, its
+    number and `losses`.
     A last batch of one image, which has no variance to normalise by, joins the one before.
     """
 
