@@ -109,7 +109,7 @@ def hand_over(page, event: str, name: str, content: bytes) -> None:
         const [event, name, content, done] = arguments;
         const files = new DataTransfer();
         files.items.add(new File([bytes(content)], name));
-        new MutationObserver(done).observe(document.body, { subtree: true, childList: true, characterData: true });
+        new MutationObserver(() => done()).observe(document.body, { subtree: true, childList: true, characterData: true });
         const Event = { paste: ClipboardEvent, drop: DragEvent }[event];
         document.dispatchEvent(new Event(event, { clipboardData: files, dataTransfer: files }));
         """,
@@ -160,10 +160,62 @@ def test_size_and_place_do_not_matter(page):
     assert text(page, "answer") == "3"
 
 
-def test_unsure_answer_names_two(page):
-    logits = "logits: [0, 0, 0, 0, 4, 0, 0, 0, 0, 3]"
-    page.execute_script(f"showReading({{ ...forward(network, new Uint8Array(784)), {logits} }})")
-    assert text(page, "answer") == "4, or perhaps 9"
+def side_by_side(number: str) -> list[list[tuple[float, float]]]:
+    """Strokes of the digits of `number`, each in its share of the sheet."""
+    share = 1 / len(number)
+    return [[(share * (100 * i + 1.5 * x - 25), 50 + 1.5 * share * (y - 50)) for x, y in stroke]
+            for i, digit in enumerate(number) for stroke in DIGITS[int(digit)]]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", ["472", "15", "80549"])
+def test_drawn_number_is_read(page, number: str):
+    draw(page, side_by_side(number))
+    assert text(page, "answer") == number
+
+
+@pytest.mark.parametrize("strokes, answer", [
+    ([[(40, 20), (36, 36), (32, 52), (44, 53), (55, 52)], [(58, 20), (59, 60), (58, 82)]], "4"),  # a gap between them
+    ([[(x + 12, 30), (x + 34, 29), (x + 24, 55), (x + 16, 80)] for x in (0, 20)], "77"),  # one leans over the other
+])  # fmt: skip
+def test_neighbouring_strokes(page, strokes: list, answer: str):
+    draw(page, strokes)
+    assert text(page, "answer") == answer
+
+
+def test_digit_that_is_tapped_is_shown(page):
+    best = "return document.querySelector('#bars .best').lastChild.textContent"
+    draw(page, side_by_side("472"))
+    assert text(page, "answer") == "472" and page.execute_script(best) == "2"
+    draw(page, [[(17, 50)]])  # on the 4
+    assert text(page, "answer") == "472" and page.execute_script(best) == "4"
+    page.find_element("css selector", "#answer span:nth-child(2)").click()
+    assert text(page, "answer") == "472" and page.execute_script(best) == "7"
+
+
+def test_phone_held_sideways_sees_sheet_and_answer(page):
+    screen = {"width": 812, "height": 375, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    try:
+        draw(page, side_by_side("472"))
+        assert text(page, "answer") == "472"
+        for name in ("drawing", "clear", "open", "answer", "digit", "bars"):
+            place = page.find_element("id", name).rect
+            assert min(place["x"], place["y"]) >= 0 and place["y"] + place["height"] <= 375
+            assert place["x"] + place["width"] <= 812
+        assert page.find_element("id", "drawing").rect["height"] > 300
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("number, answer", [("4", "4, or perhaps 9"), ("141", "141, or perhaps 191")])
+def test_unsure_answer_names_two(page, number: str, answer: str):
+    page.execute_script(
+        """
+        const logits = { 1: [0, 9, 0, 0, 0, 0, 0, 0, 0, 0], 4: [0, 0, 0, 0, 4, 0, 0, 0, 0, 3] };
+        digits = Array.from(arguments[0], digit => ({ logits: logits[digit] }));
+        showAnswer(digits[0]);
+        """, number)
+    assert text(page, "answer") == answer
 
 
 def test_undo_and_clear(page):
