@@ -108,6 +108,7 @@ WORK_SIZE = 512  # pixels a side; larger images are averaged down to this at onc
 OVERVIEW_SIZE = 96  # pixels; at this size paper, digits, frames and specks are told apart
 SKEW_SIZE = 32  # pixels; at this size ink is told from paper by being rare
 WINDOW = 2 / 3  # of the shorter side: what is wider is paper, desk or shadow; a thick tight stroke is not
+POLARITY = 1.5  # what likeness to strokes weighs against asymmetry in telling dark ink from light
 MIN_CONTRAST = 0.03  # of the paper's brightness: fainter marks are taken for paper
 INK_LEVEL = 1 / 3  # of the darkest ink's depth: what is fainter is a shadow or noise
 MIN_PART = 0.03  # of the digit's ink: smaller parts are specks
