@@ -109,6 +109,7 @@ OVERVIEW_SIZE = 96  # pixels; at this size paper, digits, frames and specks are 
 SKEW_SIZE = 32  # pixels; at this size ink is told from paper by being rare
 WINDOW = 2 / 3  # of the shorter side: what is wider is paper, desk or shadow; a thick tight stroke is not
 POLARITY = 1.5  # what likeness to strokes weighs against asymmetry in telling dark ink from light
+AS_DARK = 0.1  # of a desk may be as dark as the ink on a sheet that lies there
 MIN_CONTRAST = 0.03  # of the paper's brightness: fainter marks are taken for paper
 INK_LEVEL = 1 / 3  # of the darkest ink's depth: what is fainter is a shadow or noise
 MIN_PART = 0.03  # of the digit's ink: smaller parts are specks
@@ -234,8 +235,7 @@ def prepare_digits(gray: Tensor) -> Tensor:
     (paper, digits), (light_paper, light) = find_digits(small), find_digits(1 - small)
     if not digits and not light:
         raise ValueError("blank, no ink found")
-    # Twice, so that the histogram, which is right about scans, does not outvote the strokes on a desk or in a shadow.
-    if not digits or (light and asymmetry(small) > 2 * (stroke_likeness(digits) - stroke_likeness(light))):
+    if is_light_on_dark(small, digits, light):
         gray, small, paper, digits = 1 - gray, 1 - small, light_paper, light
     depth, overview = ink_depth(gray, resize(paper, *gray.shape)), ink_depth(small, paper)
     ink = overview > INK_LEVEL * overview.max()
@@ -252,6 +252,28 @@ def close(gray: Tensor) -> Tensor:
 def ink_depth(gray: Tensor, paper: Tensor) -> Tensor:
     """How much of the paper's light the ink swallows, 0 to 1: (H, W)."""
     return ((paper - gray) / paper.clamp(min=0.05)).clamp(min=0)
+
+
+def is_light_on_dark(gray: Tensor, dark: list[Tensor], light: list[Tensor]) -> bool:
+    """Whether of the marks in (H, W), masks (H, W), the `light` ones are the ink and not the `dark` ones."""
+    if not dark or not light:
+        return not dark
+    if lies_on_sheet(dark, light, gray):
+        return False
+    if lies_on_sheet(light, dark, 1 - gray):
+        return True
+    return asymmetry(gray) > POLARITY * (stroke_likeness(dark) - stroke_likeness(light))
+
+
+def lies_on_sheet(ink: list[Tensor], sheet: list[Tensor], gray: Tensor) -> bool:
+    """Whether dark `ink` lies within a light `sheet`, darker than all around; in a loop one sees what is around."""
+    ink_mask, sheet_mask = torch.stack(ink).any(0), torch.stack(sheet).any(0)
+    for axis in (0, 1):
+        (first, last), (low, high) = extent(ink_mask, axis), extent(sheet_mask, axis)
+        if first <= low or last >= high:
+            return False
+    around = gray[~(ink_mask | sheet_mask)]
+    return bool((around <= gray[ink_mask].median()).float().mean() < AS_DARK)
 
 
 def asymmetry(gray: Tensor) -> float:

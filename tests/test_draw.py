@@ -265,7 +265,7 @@ def test_image_of_a_digit_is_read(page, digits: utils.Split, event: str, dark_on
 
 PICTURES = {
     **{name: VARIANTS[name] for name in ("white-on-black.png", "transparent-chalk.png", "tight.png")},
-    **{f"{kind}.png": photo(kind, 0) for kind in ("lined", "shadow", "desk")},
+    **{f"{kind}.png": photo(kind, 0) for kind in ("lined", "shadow", "desk", "island")},
     "number.png": photo("number", 0, 1, 3, 5),
 }
 

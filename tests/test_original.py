@@ -118,7 +118,7 @@ def test_scans_are_read(call: Callable, tmp_path: Path) -> None:
     assert right >= 78 and accuracy == f"Accuracy: {right / 0.8:.2f}% ({right} of 80)"
 
 
-@pytest.mark.parametrize("kind", ["lined", "shadow", "desk", "number"])
+@pytest.mark.parametrize("kind", ["lined", "shadow", "desk", "island", "number"])
 def test_photos_are_read(kind: str, call: Callable, tmp_path: Path) -> None:
     groups = [range(4 * k, 4 * k + 4) for k in range(10)] if kind == "number" else [[k] for k in range(20)]
     for indices in groups:
