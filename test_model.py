@@ -240,7 +240,7 @@ def prepare_digits(gray: Tensor) -> Tensor:
     depth, overview = ink_depth(gray, resize(paper, *gray.shape)), ink_depth(small, paper)
     ink = overview > INK_LEVEL * overview.max()
     places = [dilate(digit.float(), 3) * (digit | ~ink) for digit in digits]  # a pixel around, but nobody else's ink
-    return torch.stack([center(thicken(cut_out(depth * resize(place, *gray.shape)))) for place in places])
+    return torch.stack([center(thicken(cut_out(depth, resize(place, *gray.shape)))) for place in places])
 
 
 def close(gray: Tensor) -> Tensor:
@@ -303,9 +303,9 @@ def outline(ink: Tensor) -> float:
     return torch.hypot(ink.diff(dim=0)[:, 1:], ink.diff(dim=1)[1:]).sum().item()
 
 
-def cut_out(depth: Tensor) -> Tensor:
-    """The only digit in `depth` (H, W), cropped, ink 1 on 0, some 60 pixels a side."""
-    digit = fit_within(crop(depth, depth > 0), ZOOM * (DIGIT_SIZE + 4))
+def cut_out(depth: Tensor, place: Tensor) -> Tensor:
+    """The digit in `depth` (H, W) where `place` (H, W) is not 0, cropped, ink 1 on 0, some 60 pixels a side."""
+    digit = fit_within(crop(depth * place, place > 0), ZOOM * (DIGIT_SIZE + 4))
     full = digit[digit > 0.4 * digit.max()].quantile(0.6)  # the middle of a stroke
     ink = (2 * digit / full - 0.5).clamp(0, 1)
     return crop(ink, ink > 0.5)
