@@ -232,13 +232,12 @@ def prepare_digits(gray: Tensor) -> Tensor:
     Of dark and light marks those are the ink that look more like it; ValueError if there are none.
     """
     small = fit_within(gray, OVERVIEW_SIZE)
-    (paper, digits), (light_paper, light) = find_digits(small), find_digits(1 - small)
+    (paper, ink, digits), (light_paper, light_ink, light) = find_digits(small), find_digits(1 - small)
     if not digits and not light:
         raise ValueError("blank, no ink found")
     if is_light_on_dark(small, digits, light):
-        gray, small, paper, digits = 1 - gray, 1 - small, light_paper, light
-    depth, overview = ink_depth(gray, resize(paper, *gray.shape)), ink_depth(small, paper)
-    ink = overview > INK_LEVEL * overview.max()
+        gray, paper, ink, digits = 1 - gray, light_paper, light_ink, light
+    depth = ink_depth(gray, resize(paper, *gray.shape))
     places = [dilate(digit.float(), 3) * (digit | ~ink) for digit in digits]  # a pixel around, but nobody else's ink
     return torch.stack([center(thicken(cut_out(depth, resize(place, *gray.shape)))) for place in places])
 
@@ -311,13 +310,13 @@ def cut_out(depth: Tensor, place: Tensor) -> Tensor:
     return crop(ink, ink > 0.5)
 
 
-def find_digits(gray: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The paper of (H, W) and the digits in dark ink, from the left: masks (H, W), without frames and specks."""
+def find_digits(gray: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The paper of (H, W), its dark ink, and the digits from the left, without frames and specks: masks (H, W)."""
     paper = close(gray)
     depth = ink_depth(gray, paper)
-    if depth.max() < MIN_CONTRAST:
-        return paper, []
     ink = depth > INK_LEVEL * depth.max()
+    if depth.max() < MIN_CONTRAST:
+        return paper, ink, []
     parts = number_parts(ink)
     mass = torch.bincount(parts.flatten(), (depth * ink).flatten())
     (height, width), margin = ink.shape, int(MARGIN * min(ink.shape))
@@ -329,7 +328,7 @@ def find_digits(gray: Tensor) -> tuple[Tensor, list[Tensor]]:
         if (mass * can_be).max() > least * mass.max():  # else the digit is cut tightly, or small and in a corner
             mass = mass * can_be
     numbers = (mass >= MIN_PART * mass.max()).nonzero().flatten().tolist()
-    return paper, side_by_side([parts == number for number in numbers])
+    return paper, ink, side_by_side([parts == number for number in numbers])
 
 
 def side_by_side(parts: list[Tensor]) -> list[Tensor]:
@@ -379,9 +378,8 @@ def thicken(ink: Tensor) -> Tensor:
     """Cropped `ink` (H, W) with strokes of at least MIN_STROKE; their width is 2 area / perimeter."""
     pixel = max(ink.shape) / DIGIT_SIZE
     ink = F.pad(ink, [2 * ZOOM] * 4)
-    perimeter = torch.hypot(ink.diff(dim=0)[:, 1:], ink.diff(dim=1)[1:]).sum()
-    missing = MIN_STROKE * pixel - 2 * ink.sum() / perimeter
-    return dilate(ink, 2 * round(max(missing.item(), 0) / 2) + 1)
+    missing = MIN_STROKE * pixel - 2 * ink.sum().item() / outline(ink)
+    return dilate(ink, 2 * round(max(missing, 0) / 2) + 1)
 
 
 def center(ink: Tensor) -> Tensor:

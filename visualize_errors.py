@@ -256,8 +256,8 @@ def plot_images(
 ) -> Figure:
     """Each image as it was, its digits as the network sees them, uint8 (N, 28, 28), and the probabilities (N, 10).
 
-    A number's digits stand side by side. Where the number read is not the label, the
-    caption has both, as in errors.png; where the network is unsure, the caption has its second guess.
+    A number's digits stand side by side. Where the number read is not the label, the caption has both, as in
+    errors.png; below the digits of an unsure one stands the second guess.
     """
     across = min(2, len(names))
     figure, axes = sheet(
