@@ -257,22 +257,22 @@ def is_light_on_dark(gray: Tensor, dark: list[Tensor], light: list[Tensor]) -> b
     """Whether of the marks in (H, W), masks (H, W), the `light` ones are the ink and not the `dark` ones."""
     if not dark or not light:
         return not dark
-    if lies_on_sheet(dark, light, gray):
+    dark_ink, light_ink = torch.stack(dark).any(0), torch.stack(light).any(0)
+    if lies_on_sheet(dark_ink, light_ink, gray):
         return False
-    if lies_on_sheet(light, dark, 1 - gray):
+    if lies_on_sheet(light_ink, dark_ink, 1 - gray):
         return True
-    return asymmetry(gray) > POLARITY * (stroke_likeness(dark) - stroke_likeness(light))
+    return asymmetry(gray) > POLARITY * (stroke_likeness(dark_ink) - stroke_likeness(light_ink))
 
 
-def lies_on_sheet(ink: list[Tensor], sheet: list[Tensor], gray: Tensor) -> bool:
+def lies_on_sheet(ink: Tensor, sheet: Tensor, gray: Tensor) -> bool:
     """Whether dark `ink` lies within a light `sheet`, darker than all around; in a loop one sees what is around."""
-    ink_mask, sheet_mask = torch.stack(ink).any(0), torch.stack(sheet).any(0)
     for axis in (0, 1):
-        (first, last), (low, high) = extent(ink_mask, axis), extent(sheet_mask, axis)
+        (first, last), (low, high) = extent(ink, axis), extent(sheet, axis)
         if first <= low or last >= high:
             return False
-    around = gray[~(ink_mask | sheet_mask)]
-    return bool((around <= gray[ink_mask].median()).float().mean() < AS_DARK)
+    around = gray[~(ink | sheet)]
+    return bool((around <= gray[ink].median()).float().mean() < AS_DARK)
 
 
 def asymmetry(gray: Tensor) -> float:
@@ -287,10 +287,10 @@ def asymmetry(gray: Tensor) -> float:
     return ((flat**3).mean() - border.clamp(-0.8, 0.8)).item()
 
 
-def stroke_likeness(digits: list[Tensor]) -> float:
+def stroke_likeness(mask: Tensor) -> float:
     """Logarithm of the ink's area over its thickness squared, less what of its outline lies on the image's border."""
-    ink = torch.stack(digits).any(0).float()
-    core, thickness = ink, 0
+    ink = core = mask.float()
+    thickness = 0
     while core.any():
         core, thickness = -dilate(-core, 3), thickness + 1
     free = (outline(ink) + 1) / (outline(F.pad(ink, [1] * 4)) + 1)

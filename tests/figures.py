@@ -171,7 +171,7 @@ def draw_accuracy(path: Path) -> None:
     axis.axhline(99.42, color="0.7", linewidth=0.8, linestyle="--", zorder=0)
     axis.annotate("the specification's 99.42%", (x[0], 99.42), (0, 3), textcoords="offset points", color=MUTED)
     axis.set_xscale("log")
-    axis.xaxis.set(major_locator=FixedLocator([15, 30, 60, 120, 300, 600, 900]), minor_locator=NullLocator())
+    axis.xaxis.set(major_locator=FixedLocator([10, 30, 60, 120, 300, 600, 1200]), minor_locator=NullLocator())
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set(xlabel="seconds of training", ylabel="test accuracy (%)")
     axis.grid(axis="y", color="0.92")

@@ -138,6 +138,14 @@ def digits(test_split: utils.Split) -> utils.Split:
     return test_split.select(slice(100))
 
 
+def test_constants_are_those_of_test_model() -> None:
+    """Page and Python prepare images with the same numbers, those of the same name at least."""
+    constants = re.findall(r"^const ([A-Z_]+) = (\d\S*)(?: / (\d+))?;", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    shared = {name: float(value) / float(by or 1) for name, value, by in constants if hasattr(test_model, name)}
+    assert shared == {name: getattr(test_model, name) for name in shared}
+    assert {"WINDOW", "POLARITY", "INK_LEVEL", "OVERVIEW_SIZE", "UNSURE"} <= set(shared)
+
+
 @pytest.mark.parametrize("digit", DIGITS)
 def test_drawn_digit_is_read(page, digit: int):
     draw(page, DIGITS[digit])
