@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 IMAGE_SIZE = 28  # pixels a side
@@ -26,7 +25,7 @@ class Net(nn.Module):
     """The specification's 4-block CNN for MNIST. Input float (N, 1, 28, 28), ink 1 on paper 0; output logits (N, 10).
 
     Args:
-        width: multiplies every hidden layer's width, 1 to 32; 1 is the network of 16,966 parameters.
+        width: factor of every hidden layer's width, 1 to 32; 1 is the network of 16,966 parameters.
         activation: "silu" (Elfwing et al., 2018) or "relu".
         adaptive_pool: "max" or "avg", to 3x3 whatever the size before.
         dropout: rates of the four blocks.
@@ -46,7 +45,6 @@ class Net(nn.Module):
         super().__init__()
         if not 1 <= width <= MAX_WIDTH:
             raise ValueError(f"width {width} is not from 1 to {MAX_WIDTH}")
-        self.architecture = {"width": width, "activation": activation, "adaptive_pool": adaptive_pool}
         act = ACTIVATIONS[activation]
         p1, p2, p3, p4 = dropout
         self.blocks = nn.Sequential(
@@ -68,10 +66,10 @@ class Net(nn.Module):
 
 
 class Block(nn.Module):
-    """Convolution (with bias), batch normalisation, pooling, activation, dropout.
+    """Convolution (with bias), batch normalisation, pooling, activation, dropout: (N, c_in, H, W) -> (N, c_out, h, w).
 
-    (N, c_in, H, W) -> (N, c_out, H, W), then whatever `pool` makes of it. Pooling comes before the activation,
-    at a quarter of the work: for ReLU the same function, for SiLU another.
+    The convolution keeps the size, `pool` may change it. Pooling before the activation leaves a quarter of the work.
+    For ReLU both orders are the same function, for SiLU they are not.
     """
 
     def __init__(self, c_in: int, c_out: int, kernel: int, pool: nn.Module, act: nn.Module, dropout: float) -> None:
@@ -83,29 +81,26 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = conv_norm(self.conv, self.norm, x)  # norm(conv(x)), in block 1 by a shortcut: the end of this file
-        return self.dropout(self.act(self.pool(x)))
+        return self.dropout(self.act(self.pool(self.norm(self.conv(x)))))
 
 
 def load_pretrained() -> Net:
     """The released network, `assets/mnist_cnn.pt`, in eval mode on the CPU.
 
-    Its input is float (N, 1, 28, 28), ink 1 on paper 0, as `torchvision.transforms.ToTensor` makes it of MNIST: the
-    digit fits 20 x 20 pixels, its centre of mass in the middle. Its output is logits (N, 10).
+    Input: float (N, 1, 28, 28), ink 1 on paper 0, as `torchvision.transforms.ToTensor` makes it of an MNIST image.
+    The digit fits into 20 x 20 pixels, and its centre of mass is in the middle. Output: logits (N, 10).
     """
     path = Path(__file__).resolve().parent / "assets" / "mnist_cnn.pt"
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    model = Net(**checkpoint["architecture"])
-    model.load_state_dict(checkpoint["model"])
+    model = Net()
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The layer table
+# --- The layer table --------------------------------------------------------------------------------------------------
 
 
 class Layer(NamedTuple):
-    """One row of the table; sizes are (C, H, W) or (features,), `rf` (receptive field) and jumps in input pixels."""
+    """One row of the table. Sizes are (C, H, W) or (features,); receptive field and jumps are in input pixels."""
 
     name: str
     input_size: tuple[int, ...]
@@ -120,10 +115,9 @@ class Layer(NamedTuple):
 def layer_table(model: nn.Module) -> list[Layer]:
     """Run one blank image through `model` and describe each layer in the order of execution.
 
-    Receptive fields by r_out = r_in + (k - 1) * jump_in and jump_out = stride * jump_in
-    (Araujo et al., "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019), as far as each
-    layer's input is of the size of the output before: they are None behind a branch of another size.
-    Activations, dropout and Identity have no row: they change neither size nor field.
+    Receptive fields: r_out = r_in + (k - 1) * jump_in and jump_out = stride * jump_in (Araujo et al., "Computing
+    Receptive Fields of Convolutional Neural Networks", Distill 2019). They are None after a branch: where a layer's
+    input is not of the size of the output before it. Activations, dropout and Identity have no row.
     """
     image = (1, IMAGE_SIZE, IMAGE_SIZE)
     rows = [Layer("Input", image, image, 1, 1, 1, (), 0)]
@@ -163,7 +157,7 @@ def layer_table(model: nn.Module) -> list[Layer]:
 
 
 def kernel_and_stride(module: nn.Module, size_in: int, size_out: int) -> tuple[int, int]:
-    """How wide a window `module` slides over its input, and how far; adaptive pooling's follow from the sizes."""
+    """The width of the window that `module` slides over its input, and its step."""
     if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
         starts = [i * size_in // size_out for i in range(size_out)]
         ends = [-(-(i + 1) * size_in // size_out) for i in range(size_out)]
@@ -200,56 +194,6 @@ def format_table(rows: list[Layer]) -> str:
     return "\n".join("| " + " | ".join(text.ljust(w) for text, w in zip(line, widths)) + " |" for line in lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The shortcut. On a CPU, batch normalisation of block 1's large output costs more than its convolution. Its statistics
-# follow from the image's 3x3 patches, before the convolution: for patches of mean m and covariance C, a filter w gives
-# outputs of mean w.m + bias and variance w.C.w. So normalisation scales the filters, and a training step takes seven
-# eighths of the time. Everywhere else the two layers run as they stand: training and evaluation agree.
-
-
-def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    """`norm(conv(x))`, at two thirds of the cost where a plain 3x3 convolution of the image itself is trained on a CPU.
-
-    Where a hook waits for one of the two layers (`torch.nn.utils.prune` works by such), they run as they stand.
-    """
-    plain_conv = (
-        type(conv) is nn.Conv2d
-        and conv.kernel_size == (3, 3) and conv.stride == conv.padding == conv.dilation == (1, 1)
-        and conv.in_channels == 1 and conv.padding_mode == "zeros" and conv.bias is not None
-    )  # fmt: skip
-    plain_norm = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
-    hooked = any(
-        layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
-        for layer in (conv, norm)
-    )
-    if not (plain_conv and plain_norm) or hooked or not norm.training or x.device.type != "cpu" or x.requires_grad:
-        return norm(conv(x))
-
-    patch_mean, patch_cov = patch_statistics(x)
-    filters = conv.weight.flatten(1)
-    mean = filters @ patch_mean + conv.bias
-    var = ((filters @ patch_cov) * filters).sum(1)
-    with torch.no_grad():
-        count = x.numel()
-        norm.num_batches_tracked += 1
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
-    scale = norm.weight * (var + norm.eps).rsqrt()
-    return F.conv2d(x, conv.weight * scale.view(-1, 1, 1, 1), (conv.bias - mean) * scale + norm.bias, padding=1)
-
-
-def patch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (9,) and covariance (9, 9) of all 3x3 patches of the zero-padded x (N, 1, H, W)."""
-    height, width = x.shape[2:]
-    padded = F.pad(x, (1, 1, 1, 1))
-    shifted = [padded[:, 0, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    patches = torch.stack(shifted, 1).flatten(2)  # (N, 9, H W)
-    mean = patches.sum((0, 2)) / x.numel()
-    # One product an image is exact to 2e-6, one large product for all to 2e-5.
-    second_moment = (patches @ patches.mT).sum(0) / x.numel()
-    return mean, second_moment - mean.outer(mean)
-
-
 def main() -> None:
     argparse.ArgumentParser(description="Print the layer table of the network. Takes no flags.").parse_args()
     model = Net()
@@ -258,7 +202,7 @@ def main() -> None:
     print(f"\nParameters:           {count_parameters(model):>9,}")
     print(f"Multiply-accumulates: {sum(row.macs for row in rows):>9,} per image")
     if any(row.rf is None for row in rows if len(row.input_size) == 3):
-        print("RF and jumps end where a layer's input is not the output of the row above: they follow no branches.")
+        print("RF and jumps are not computed after a branch.")
 
 
 if __name__ == "__main__":
