@@ -5,227 +5,199 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+import zlib
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import utils
-from model import ACTIVATIONS, ADAPTIVE_POOLS, IMAGE_SIZE, MAX_WIDTH, Net, count_parameters
-from utils import Augmentation, Loader, Split, UserError, at_least
+from model import ACTIVATIONS, ADAPTIVE_POOLS, MAX_WIDTH, Net, count_parameters
+from utils import Augmentation, Loader, Split, UserError, positive
 
-try:
-    import fcntl
-except ImportError:  # Windows: two trainings into one --out are not refused there
-    fcntl = None
+CHECK_EVERY = 50  # steps between two looks at the loss; a GPU has to wait for each
+STATISTICS_EVERY = 12  # one in 12 training images measures the batch statistics of the averaged network
+DISTILL_WEIGHT = 0.7  # of the teachers in the loss
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
-PLAIN_EVERY = 12  # one in 12 training images measures the averaged network's normalisation
-CHECK_EVERY = 50  # steps between two looks at the loss, each of which makes a GPU wait
-TITLES = {"val_accuracy": "Validation Accuracy", "test_accuracy": "Test Accuracy"}
+# --- The recipe -------------------------------------------------------------------------------------------------------
 
 
-def setting(default: Any, help: str, low: float = 0, high: float = math.inf, **argparse_words: Any) -> Any:
-    """A field of the recipe: its default, what --help says of it, its range, and what else its flag needs."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "words": argparse_words})
+def setting(default: Any, help: str, range: tuple[float, float] | None = None, **argparse_kwargs: Any) -> Any:
+    """A field of the recipe: its default, its help, the range of its numbers, and what else argparse needs."""
+    return field(default=default, metadata={"help": help, "range": range, "argparse_kwargs": argparse_kwargs})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a trained network depends on beside the data: train.py's flags, and what a checkpoint stores.
+    """All settings that a trained network depends on: the flags of train.py, and a part of each checkpoint.
 
-    Raises UserError for a value out of range, whether it comes from a flag or from a file.
+    Raises UserError for a value out of range.
     """
 
-    epochs: int = setting(20, "images to show, in multiples of the training images", 1, 100_000)
-    batch_size: int = setting(64, "images in a step", 2, 65_536)
-    lr: float = setting(0.015, "learning rate of the first step", 1e-12, 1e6)
-    peak_lr: float = setting(0.15, "highest learning rate of the cycle", 1e-12, 1e6)
-    warmup: float = setting(0.2, "fraction of the run that rises to it", 0, 1)
-    momentum: float = setting(0.9, "Nesterov momentum", 0, 0.9999)
-    weight_decay: float = setting(1e-4, "L2 penalty", 0, 1)
-    ema: float = setting(2500.0, "steps of the moving average of the weights that is saved; 1 for the last step's", 1)
-    dropout: tuple = setting((0.1, 0.2, 0.3, 0.4), "rates of the blocks at the start", 0, 0.95, type=float, nargs=4)
-    fc_dropout: float = setting(0.4, "dropout rate between the linear layers at the start", 0, 0.95)
-    dropout_until: float = setting(0.1, "fraction of the run in which dropout falls to 0; 1 keeps it constant", 0, 1)
-    rotation: float = setting(10.0, "augmentation: degrees, either way", 0, 180)
-    scale: float = setting(0.1, "augmentation: 0.1 is 0.9 to 1.1", 0, 0.9)
-    translate: float = setting(0.05, "augmentation: fraction of the side, either way", 0, 1)
-    shear: float = setting(10.0, "augmentation: degrees, either way", 0, 60)
-    elastic: float = setting(0.35, "augmentation: standard deviation, in pixels, of elastic distortion", 0, 10)
-    variants: float = setting(1.0, "factor of how often 0, 1, 7, 9 get a slash, flag, bar, tail; other data: 0", 0, 4)
-    width: int = setting(1, "factor of all hidden layers' widths; wide networks are teachers", 1, MAX_WIDTH)
-    activation: str = setting("silu", "activation of blocks and first linear layer", choices=tuple(ACTIVATIONS))
-    adaptive_pool: str = setting("max", "pooling behind the blocks", choices=tuple(ADAPTIVE_POOLS))
-    teacher: tuple = setting((), "checkpoints, or folders of runs, to learn from as well (distillation)", nargs="+")
-    temperature: float = setting(1.0, "temperature of the distillation", 1e-3, 1e3)
-    distill_weight: float = setting(0.7, "weight of the teachers in the loss", 0, 1)
-    val_size: int = setting(0, "training images to hold out, stratified, and to report on each epoch")
-    folds: int = setting(0, "number of stratified folds of the training images for cross-validation")
-    fold: int = setting(0, "the one fold to hold out, 1 to FOLDS; 0 holds out each in its turn")
-    threads: int = setting(1, "CPU threads; with two a busy machine is several times slower, and bits differ", 1, 1024)
-    seed: int = setting(0, "seed of weights, order, augmentation, variants and dropout", 0, 2**31)
-
-    @property
-    def augmentation(self) -> Augmentation:
-        """What happens to training images, as `Loader` takes them."""
-        return Augmentation(self.rotation, self.scale, self.translate, self.shear, self.elastic, self.variants)
+    epochs: int = setting(20, "epochs to train", (1, 100_000))
+    batch_size: int = setting(64, "images in a step", (2, 65_536))
+    lr: float = setting(0.015, "learning rate of the first step", (1e-12, 1e6))
+    peak_lr: float = setting(0.15, "highest learning rate of the cycle", (1e-12, 1e6))
+    warmup: float = setting(0.2, "fraction of the run in which the rate rises to its peak", (0, 1))
+    momentum: float = setting(0.9, "Nesterov momentum", (0, 0.9999))
+    weight_decay: float = setting(1e-4, "L2 penalty", (0, 1))
+    ema_steps: float = setting(2500.0, "length of the weight average in steps; 1 disables it", (1, math.inf))
+    dropout: tuple = setting((0.1, 0.2, 0.3, 0.4), "first dropout rates of the blocks", (0, 0.95), type=float, nargs=4)
+    fc_dropout: float = setting(0.4, "first dropout rate between the linear layers", (0, 0.95))
+    dropout_until: float = setting(0.1, "fraction of the run in which dropout falls to 0; 1: constant", (0, 1))
+    rotation: float = setting(10.0, "augmentation: degrees, either way", (0, 180))
+    scale: float = setting(0.1, "augmentation: 0.1 is 0.9 to 1.1", (0, 0.9))
+    translate: float = setting(0.05, "augmentation: fraction of the side, either way", (0, 1))
+    shear: float = setting(10.0, "augmentation: degrees, either way", (0, 60))
+    elastic: float = setting(0.35, "augmentation: standard deviation of elastic distortion, in pixels", (0, 10))
+    hard_fraction: float = setting(0.5, "share of hard images after the first epoch; 0: show all equally often", (0, 1))
+    variants: bool = setting(False, "draw a slash, flag, bar or tail on some 0, 1, 7 and 9", action="store_true")
+    width: int = setting(1, "factor of all hidden layers' widths; wide networks are teachers", (1, MAX_WIDTH))
+    activation: str = setting("silu", "activation of the blocks and the first linear layer", choices=tuple(ACTIVATIONS))
+    adaptive_pool: str = setting("max", "pooling after the blocks", choices=tuple(ADAPTIVE_POOLS))
+    teacher: tuple = setting((), "distillation: checkpoints, or folders of runs, to learn from", nargs="+", type=str)
+    train_size: int = setting(0, "training images to use, stratified; 0: all", (0, math.inf))
+    val_size: int = setting(0, "training images to hold out, stratified, and to measure each epoch", (0, math.inf))
+    folds: int = setting(0, "folds of the training images for stratified cross-validation", (0, math.inf))
+    fold: int = setting(0, "the one fold to hold out, 1 to FOLDS; 0: each in turn", (0, math.inf))
+    threads: int = setting(1, "CPU threads; more are slower on a busy machine and change results slightly", (1, 1024))
+    seed: int = setting(0, "seed of all random numbers", (0, 2**31))
 
     def __post_init__(self) -> None:
-        check_recipe(self)
+        for f in fields(self):
+            value, argparse_kwargs = getattr(self, f.name), f.metadata["argparse_kwargs"]
+            choices = argparse_kwargs.get("choices")
+            if choices and value not in choices:
+                raise UserError(f"{flag(f.name)} {value}: choose from {', '.join(choices)}")
+            if f.metadata["range"]:
+                low, high = f.metadata["range"]
+                numbers, count = value if isinstance(value, tuple) else (value,), argparse_kwargs.get("nargs", 1)
+                kinds = int if type(f.default) is int else (int, float)
+                if len(numbers) != count or not all(isinstance(n, kinds) and low <= n <= high for n in numbers):
+                    what = f"{count} numbers" if count > 1 else "a whole number" if kinds is int else "a number"
+                    raise UserError(f"{flag(f.name)} {format_value(value)}: give {what} from {low} to {high}")
+        if self.folds == 1 or self.fold > self.folds:
+            raise UserError(f"--folds {self.folds} --fold {self.fold}: give 2 folds or more, and one of them")
+        if self.folds and self.val_size:
+            raise UserError("--folds does not go with --val-size: each fold is held out in turn")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One run
+def flag(name: str) -> str:
+    """The flag of the recipe's field `name`."""
+    return "--" + name.replace("_", "-")
+
+
+def format_value(value: Any) -> str:
+    """A setting's value as typed on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Run:
-    """The state of a run; each epoch seeds its own random numbers."""
+    """The state of a training."""
 
     recipe: Recipe
-    data_crc: int  # CRC32 of all training images, held out or not
+    data_crc: int  # checksum of all training images, with the held-out ones
+    loader: Loader  # the training images, and the last loss of each
     model: Net
-    average: Net  # moving average of the model's weights, without dropout: what is measured and saved
+    average: Net  # moving average of the model's weights, without dropout: it is measured and saved
+    loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor]
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    dropout: dict[torch.nn.Module, float]  # each dropout layer, and its rate at the start
-    loader: Loader  # the training images, and the loss that each last had
-    history: list[dict[str, float]]
+    dropout: dict[nn.Module, float]  # each dropout layer, and its rate in the first step
+    history: list[dict[str, float]] = field(default_factory=list)  # an entry for each finished epoch
 
 
-def train_once(args: argparse.Namespace, recipe: Recipe, last: Path | None) -> int:
-    """One run, from its beginning or on from the checkpoint `last`; returns the exit status."""
-    torch.set_num_threads(recipe.threads)
-    device, out = utils.choose_device(args.device), args.out
-    everything = utils.load_mnist(args.data_dir, train=True, device=device)
-    data_crc = utils.crc32(everything)
-    if "variants" not in args.overrides and not last and data_crc != utils.MNIST_CRC32:
-        recipe = replace(recipe, variants=0.0)
-    train_split, val_split = utils.make_splits(everything, recipe.val_size, recipe.folds, recipe.fold)
-    test_split = None if recipe.folds else utils.load_mnist(args.data_dir, train=False, device=device)
-    if args.dry_run:
-        few = slice(8 * recipe.batch_size)
-        train_split, val_split, test_split = (s and s.select(few) for s in (train_split, val_split, test_split))
-    train_loader = Loader(train_split, recipe.batch_size, recipe.augmentation, recipe.seed)
-    loss_fn = make_loss(recipe, device)
-
-    run = build_run(recipe, device, data_crc, train_loader)
-    if last:
-        restore_state(run, last)
-    announce(run, len(train_split.labels), device, out)
-    board = open_board(args.tensorboard / out.name, run.history) if args.tensorboard else None
-    if board:
-        board.add_images("augmented digits", next(iter(train_loader))[0].clamp(0, 1))
-    try:
-        for epoch in range(len(run.history), recipe.epochs):
-            entry = train_epoch(run, loss_fn, epoch)
-            end_epoch(run, entry, val_split, out, board)
-    except KeyboardInterrupt:
-        kept = "Finished epochs are kept; go on with --resume." if run.history and not args.dry_run else ""
-        print(f"\nStopped. {kept}", file=sys.stderr)
-        return 130
-    finish(run, test_split, out, board)
-    return 0
-
-
-def build_run(recipe: Recipe, device: torch.device, data_crc: int, loader: Loader) -> Run:
-    """A run on the images of `loader` before its first step."""
-    torch.manual_seed(utils.derive_seed(recipe.seed, use=utils.WEIGHTS))
-    model = Net(recipe.width, recipe.activation, recipe.adaptive_pool, recipe.dropout, recipe.fc_dropout)
-    model = utils.to_device(model, device)
-    average = copy.deepcopy(model).requires_grad_(False)
-    set_dropout(dropout_rates(average), 0)
-    optimizer = utils.make_optimizer(model, recipe.lr, recipe.momentum, recipe.weight_decay)
-    scheduler = utils.make_schedule(optimizer, recipe.lr, recipe.peak_lr, recipe.warmup, recipe.epochs * len(loader))
-    return Run(recipe, data_crc, model, average, optimizer, scheduler, dropout_rates(model), loader, history=[])
-
-
-def train_epoch(run: Run, loss_fn: Callable, epoch: int) -> dict[str, float]:
-    """Train epoch number `epoch` (from 0) and say how it went; UserError if the loss stops being finite."""
+def train_epoch(run: Run, epoch: int) -> dict[str, float]:
+    """Train epoch number `epoch` (from 0) and return its entry of the history; UserError if the loss is not finite."""
     start, steps, epochs = time.perf_counter(), len(run.loader), run.recipe.epochs
-    learning_rate = run.scheduler.get_last_lr()[0]
-    run.model.train()
-    torch.manual_seed(utils.derive_seed(run.recipe.seed, epoch, utils.DROPOUT))
-    run.loader.set_epoch(epoch)
+    learning_rates = run.scheduler.get_last_lr()[:1]  # of the first parameter group, every CHECK_EVERY steps
     total_loss, correct = torch.zeros(2, device=run.loader.losses.device)
     seen = 0
-    bar = tqdm(run.loader, f"Epoch {epoch + 1}/{epochs}", leave=False, disable=None, dynamic_ncols=True)
+    run.model.train()
+    torch.manual_seed(utils.derive_seed(run.recipe.seed, epoch, utils.DROPOUT))
+    run.loader.epoch = epoch
+    bar = tqdm(
+        run.loader, f"Epoch {epoch + 1}/{epochs}", epochs * steps, initial=epoch * steps, leave=False, disable=None,
+        dynamic_ncols=True,
+    )  # fmt: skip
     for step, (images, labels, index) in enumerate(bar, epoch * steps):
         set_dropout(run.dropout, dropout_factor(step / (epochs * steps), run.recipe.dropout_until))
         run.optimizer.zero_grad()
         logits = run.model(images)
-        loss = loss_fn(logits, labels, images)
+        loss = run.loss_fn(logits, labels, images)
         loss.backward()
         run.optimizer.step()
         run.scheduler.step()
-        update_average(run.average, run.model, step, run.recipe.ema)
+        update_average(run.average, run.model, step, run.recipe.ema_steps)
 
-        run.loader.losses[index] = F.cross_entropy(logits.detach(), labels, reduction="none")
+        run.loader.losses[index] = F.cross_entropy(logits.detach().float(), labels, reduction="none")
         total_loss += loss.detach() * len(labels)
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == (epoch + 1) * steps:
-            mean_loss, accuracy = total_loss.item() / seen, 100 * correct.item() / seen
+            mean_loss, accuracy = total_loss.item() / seen, correct.item() / seen
+            learning_rates += run.scheduler.get_last_lr()[:1]
             if not math.isfinite(mean_loss):
                 raise UserError(f"the loss is {mean_loss} in epoch {epoch + 1}; try a lower --peak-lr")
-            bar.set_postfix(loss=f"{mean_loss:.4f}", accuracy=f"{accuracy:.2f}%", refresh=False)
+            bar.set_postfix(loss=f"{mean_loss:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
     return {
-        "epoch": epoch + 1, "learning_rate": learning_rate,
-        "dropout_factor": dropout_factor(epoch / epochs, run.recipe.dropout_until),
+        "epoch": epoch + 1, "learning_rate": learning_rates[0], "learning_rates": learning_rates,
         "train_loss": mean_loss, "train_accuracy": accuracy, "seconds": time.perf_counter() - start,
     }  # fmt: skip
 
 
 @torch.no_grad()
 def update_average(average: Net, model: Net, step: int, length: float) -> None:
-    """Move the weights of `average` towards those of `model`, for a moving average over about `length` steps.
+    """Move the weights of `average` towards those of `model`.
 
-    Step 0 copies them; step n weighs 1 / (1 + n / 10), until that falls to 1 / `length`.
+    The weight of step n is 1 / (1 + n / 10), but at least 1 / `length`: an average over the last tenth of the steps
+    so far, or over `length` steps if that is less. Step 0 copies the weights.
     """
     weight = max(1 / length, 1 / (1 + step / 10))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
+    for ours, theirs in zip(average.parameters(), model.parameters()):
+        ours.lerp_(theirs, weight)
 
 
 def dropout_factor(progress: float, until: float) -> float:
-    """What all dropout rates are multiplied by at `progress` (0 to 1) of the run: 1 falling to 0 at `until`.
+    """The factor of all dropout rates at `progress` (0 to 1) of the run: it falls from 1 to 0 at `until`.
 
-    Early dropout, after Liu et al., "Dropout Reduces Underfitting" (ICML 2023); an `until` of 1 keeps it at 1.
+    Early dropout, after Liu et al., "Dropout Reduces Underfitting" (ICML 2023). With an `until` of 1 it stays 1.
     """
     if until in (0, 1):
         return until
     return max(0.0, 1 - progress / until)
 
 
-def dropout_rates(model: Net) -> dict[torch.nn.Module, float]:
+def dropout_rates(model: Net) -> dict[nn.Module, float]:
     """The dropout layers of `model`, of any kind, with their rates."""
-    return {layer: layer.p for layer in model.modules() if isinstance(layer, _DropoutNd)}
+    return {layer: layer.p for layer in model.modules() if isinstance(layer, DROPOUTS)}
 
 
-def set_dropout(rates: dict[torch.nn.Module, float], factor: float) -> None:
-    """Let each layer drop at `factor` times its rate."""
+def set_dropout(rates: dict[nn.Module, float], factor: float) -> None:
+    """Set each layer's rate to `factor` times its rate in `rates`."""
     for layer, rate in rates.items():
         layer.p = rate * factor
 
 
 def make_loss(recipe: Recipe, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """loss_fn(logits (B, 10), labels (B,), images (B, 1, 28, 28)) of the recipe: cross-entropy.
+    """The loss of logits (B, 10), labels (B,) and images (B, 1, 28, 28): cross-entropy with the labels.
 
-    With teachers, after Hinton et al. (2015): cross-entropy with the labels and, by `distill_weight`, with the
-    teachers' softened mean, times temperature squared, which keeps the size of its gradient.
+    With teachers it is a weighted mean of that and of the cross-entropy with the teachers' mean probabilities
+    (distillation after Hinton et al., 2015, at temperature 1).
     """
     if not recipe.teacher:
         return lambda logits, labels, images: F.cross_entropy(logits, labels)
@@ -234,82 +206,145 @@ def make_loss(recipe: Recipe, device: torch.device) -> Callable[[Tensor, Tensor,
         teacher, checkpoint = utils.load_model(Path(path), device)
         teachers.append(teacher)
         if any(getattr(recipe, name) not in (0, checkpoint["recipe"][name]) for name in ("val_size", "folds", "fold")):
-            utils.warn(f"{path} may have been trained on images that are held out here: validation will look too good")
+            utils.say("warning", f"{path} may know the images held out here: validation accuracy will be too high")
 
     def distillation_loss(logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad():
-            target = torch.stack([F.softmax(teacher(images) / recipe.temperature, 1) for teacher in teachers]).mean(0)
-        soft = F.cross_entropy(logits / recipe.temperature, target) * recipe.temperature**2
-        return torch.lerp(F.cross_entropy(logits, labels), soft, recipe.distill_weight)
+            target = torch.stack([teacher(images).softmax(1) for teacher in teachers]).mean(0)
+        return torch.lerp(F.cross_entropy(logits, labels), F.cross_entropy(logits, target), DISTILL_WEIGHT)
 
     return distillation_loss
 
 
-def end_epoch(run: Run, entry: dict[str, float], val_split: Split | None, out: Path, board: Any) -> None:
-    """Measure the averaged network, add `entry` to the history, write last.pt and print the log."""
-    for ours, theirs in zip(run.average.buffers(), run.model.buffers()):
-        ours.copy_(theirs)  # what no average is made of; of batch normalisation, update_bn measures it anew
-    # On digits as they are read: augmented ones, blurred by their interpolation, have other statistics.
-    plain = run.loader.split.images[::PLAIN_EVERY]
-    update_bn((images / 255 for images in plain.tensor_split(math.ceil(len(plain) / 500))), run.average)
-    if val_split is not None:
-        entry.update(utils.scores("val", utils.predict(run.average, val_split.images), val_split.labels))
-    if not all(tensor.isfinite().all() for tensor in run.average.state_dict().values()):
-        raise UserError(f"the weights are not finite after epoch {entry['epoch']}; try a lower --peak-lr")
-    run.history.append(entry)
-    save(run, out / "last.pt", metrics={}, training=training_state(run))
-    print_epoch(entry)
-    if board:
-        log_epoch(board, entry)
+# --- One run ----------------------------------------------------------------------------------------------------------
 
 
-def finish(run: Run, test_split: Split | None, out: Path, board: Any) -> None:
-    """Read the test set once (a fold: not at all), write model.pt and print the final accuracy."""
-    metrics = {}
-    if test_split is not None:
-        logits = utils.predict(run.average, test_split.images)
-        metrics = utils.scores("test", logits, test_split.labels)
-        misread = test_split.images[logits.argmax(1) != test_split.labels]
-        if board and len(misread):
-            board.add_images("misclassified digits", misread[:64])
-    save(run, out / "model.pt", metrics=metrics)
-    finals = {name: value for name, value in {**run.history[-1], **metrics}.items() if name in TITLES}
-    if board:
-        log_result(board, run.recipe, finals)
-    *_, (name, value) = finals.items()
-    print(f"Final {TITLES[name]}: {value:.2f}%")
+def train_once(args: argparse.Namespace, recipe: Recipe, last: Path | None) -> int:
+    """Train from the beginning, or continue from the checkpoint `last`; returns the exit status."""
+    torch.set_num_threads(recipe.threads)
+    device, out = utils.choose_device(args.device), args.out
+    everything = utils.load_mnist(args.data_dir, train=True, device=device)
+    train_split, val_split = utils.make_splits(everything, *(getattr(recipe, name) for name in utils.SPLIT_SETTINGS))
+    test_split = None if recipe.folds else utils.load_mnist(args.data_dir, train=False, device=device)
+    if args.dry_run:
+        few = slice(8 * recipe.batch_size)
+        train_split, val_split, test_split = (s and s.select(few) for s in (train_split, val_split, test_split))
+    run = build_run(recipe, train_split, zlib.crc32(everything.images.cpu().numpy()), device)
+    if last:
+        restore_state(run, last)
+    announce(run, device, out)
+    writer = open_writer(args.tensorboard / out.name, run) if args.tensorboard else None
+    try:
+        for epoch in range(len(run.history), recipe.epochs):
+            entry = train_epoch(run, epoch)
+            end_epoch(run, entry, val_split, out, writer)
+    except KeyboardInterrupt:
+        kept = "Finished epochs are kept; go on with --resume." if run.history and not args.dry_run else ""
+        print(f"\nStopped. {kept}", file=sys.stderr)
+        return 130
+    finish(run, {"val": val_split, "test": test_split}, out, writer)
+    return 0
 
 
-def announce(run: Run, images: int, device: torch.device, out: Path) -> None:
-    """One line on what is about to be trained, and on the finished model that it is going to replace."""
+def build_run(recipe: Recipe, split: Split, data_crc: int, device: torch.device) -> Run:
+    """A run on the training images `split` before its first step."""
+    torch.manual_seed(utils.derive_seed(recipe.seed, use=utils.WEIGHTS))
+    model = utils.to_device(Net(**{name: getattr(recipe, name) for name in utils.ARCHITECTURE}), device)
+    average = copy.deepcopy(model).requires_grad_(False)
+    set_dropout(dropout_rates(average), 0)
+    replacements = None
+    if recipe.variants:
+        from extras import variants
+
+        replacements = variants.draw_variants(split, recipe.seed)
+    if device.type == "cpu":
+        from extras import shortcut
+
+        shortcut.apply(model)
+    augmentation = Augmentation(recipe.rotation, recipe.scale, recipe.translate, recipe.shear, recipe.elastic)
+    loader = Loader(split, recipe.batch_size, augmentation, recipe.seed, recipe.hard_fraction, replacements)
+    optimizer = utils.make_optimizer(model, recipe.lr, recipe.momentum, recipe.weight_decay)
+    scheduler = utils.make_schedule(optimizer, recipe.lr, recipe.peak_lr, recipe.warmup, recipe.epochs * len(loader))
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise UserError("make_schedule: ReduceLROnPlateau needs a metric, and there is none in a step")
+    loss_fn = make_loss(recipe, device)
+    return Run(recipe, data_crc, loader, model, average, loss_fn, optimizer, scheduler, dropout_rates(model))
+
+
+def announce(run: Run, device: torch.device, out: Path) -> None:
+    """Say what will be trained, and which runs it will replace."""
     done, epochs = len(run.history), run.recipe.epochs
     if done:
         print(f"Resuming {out} after epoch {done} of {epochs}" if done < epochs else f"{out} is finished", flush=True)
         return
     threads = f", {run.recipe.threads} thread" + "s" * (run.recipe.threads > 1) if device.type == "cpu" else ""
-    line = f"Training {count_parameters(run.model):,} parameters on {images:,} images; {device}{threads}"
-    path = out / "model.pt"
-    if path.exists():
+    count = len(run.loader.split.labels)
+    print(f"Training {count_parameters(run.model):,} parameters on {count:,} images; {device}{threads}")
+    for path in (out / "model.pt", out / "last.pt"):
         try:
-            old = utils.load_checkpoint(path)
-            score = "".join(f", {value:.2f}%" for name, value in old["metrics"].items() if name == "test_accuracy")
-            line += f"; replaces {path} (seed {old['recipe'].get('seed')}, {len(old['history'])} epochs{score})"
+            old = utils.load_checkpoint(path) if path.exists() else None
         except UserError:
-            line += f"; replaces {path}, which is no checkpoint of this train.py"
-    print(line, flush=True)
+            print(f"Replaces {path}, which is not a checkpoint of train.py")
+            continue
+        if old and path.name == "model.pt":
+            accuracy = "".join(f", {value:.2%}" for name, value in old["metrics"].items() if name == "test_accuracy")
+            print(f"Replaces {path} (seed {old['recipe']['seed']}, {len(old['history'])} epochs{accuracy})")
+        elif old and len(old["history"]) < old["recipe"]["epochs"]:
+            print(f"Replaces an unfinished run after epoch {len(old['history'])}; to go on with it, add --resume")
+    hard = ", from epoch 2 on mostly hard ones" * (run.recipe.hard_fraction > 0)
+    print(f"Train loss and accuracy are of augmented images{hard}; other images are read better", flush=True)
+
+
+def end_epoch(run: Run, entry: dict[str, float], val_split: Split | None, out: Path, writer: Any) -> None:
+    """Measure the averaged network, add `entry` to the history, write last.pt and print the log."""
+    for ours, theirs in zip(run.average.buffers(), run.model.buffers()):
+        ours.copy_(theirs)
+    # Batch statistics are measured anew, on plain images: those of augmented images, which are blurred, differ.
+    plain = run.loader.split.images[::STATISTICS_EVERY]
+    update_bn((images / 255 for images in plain.tensor_split(math.ceil(len(plain) / 500))), run.average)
+    if val_split is not None:
+        entry.update(measure_on("val", run.average, val_split))
+    if not all(tensor.isfinite().all() for tensor in run.average.state_dict().values()):
+        raise UserError(f"the weights are not finite after epoch {entry['epoch']}; try a lower --peak-lr")
+    run.history.append(entry)
+    save(run, out / "last.pt", metrics={}, training=training_state(run))
+    print_epoch(entry)
+    if writer:
+        log_epoch(writer, entry)
 
 
 def print_epoch(entry: dict[str, float]) -> None:
-    """The log lines of one epoch, in the specification's format."""
+    """Print the log of one epoch in the specification's format."""
     print(f"Epoch {entry['epoch']}\nLearning rate: {entry['learning_rate']:.6f}")
-    print(f"Train Loss: {entry['train_loss']:.4f} | Accuracy: {entry['train_accuracy']:.2f}%")
+    print(f"Train Loss: {entry['train_loss']:.4f} | Accuracy: {entry['train_accuracy']:.2%}")
     if "val_accuracy" in entry:
-        print(f"Validation Loss: {entry['val_loss']:.4f} | Accuracy: {entry['val_accuracy']:.2f}%")
+        print(f"Validation Loss: {entry['val_loss']:.4f} | Accuracy: {entry['val_accuracy']:.2%}")
     sys.stdout.flush()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoint and resume
+def finish(run: Run, splits: dict[str, Split | None], out: Path, writer: Any) -> None:
+    """Measure the "val" and "test" images that there are, with one look and with nine, and write model.pt."""
+    metrics: dict[str, float] = {}
+    for part, split in splits.items():
+        if split:
+            metrics.update(measure_on(part, run.average, split))
+            metrics.update(measure_on(f"{part}_tta", run.average, split, tta=True))
+    save(run, out / "model.pt", metrics=metrics)
+    if writer:
+        log_result(writer, run.recipe, metrics)
+    part, name = ("test", "Test") if splits["test"] else ("val", "Validation")
+    print(f"Final {name} Accuracy: {metrics[f'{part}_accuracy']:.2%}")
+    minutes, seconds = divmod(round(sum(entry["seconds"] for entry in run.history)), 60)
+    print(f"Trained in {minutes} min {seconds} s")
+
+
+def measure_on(part: str, model: Net, split: Split, tta: bool = False) -> dict[str, float]:
+    """Loss and accuracy of `model` on `split`, with `part` before their names: "val_loss", "val_accuracy"."""
+    measured = utils.measure(utils.predict(model, split.images, tta), split.labels)
+    return {f"{part}_{name}": value for name, value in measured.items()}
+
+
+# --- Checkpoint and resume --------------------------------------------------------------------------------------------
 
 
 def save(run: Run, path: Path, **contents: Any) -> None:
@@ -319,8 +354,9 @@ def save(run: Run, path: Path, **contents: Any) -> None:
 
 
 def training_state(run: Run) -> dict[str, Any]:
-    """What a run needs to go on, beside its checkpoint."""
+    """What `restore_state` needs beside the averaged network."""
     return {
+        "classes": [type(run.optimizer).__name__, type(run.scheduler).__name__],
         "weights": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
@@ -329,285 +365,153 @@ def training_state(run: Run) -> dict[str, Any]:
 
 
 def restore_state(run: Run, path: Path) -> None:
-    """Take up what `end_epoch` wrote to `path`; UserError if it is damaged or has learnt from other images."""
+    """Put `run` where `end_epoch` wrote `path`; UserError if it was trained on other images or with other code."""
     checkpoint = utils.load_checkpoint(path)
     if checkpoint["data_crc"] != run.data_crc:
         raise UserError(f"{path} was trained on other images; give the --data-dir of that run, or another --out")
-    # A step on blank images shows what the state of the optimiser is made of, whichever it is.
-    blank = torch.zeros(2, 1, IMAGE_SIZE, IMAGE_SIZE, device=next(run.model.parameters()).device)
-    run.model.eval()(blank).sum().backward()
-    run.optimizer.step()
-    run.scheduler.step()
     try:
-        state = checkpoint["training"]
-        utils.require_like(state, training_state(run))
-        utils.require_like(checkpoint["model"], run.average.state_dict())
+        state, expected = checkpoint["training"], training_state(run)
+        if state["classes"] != expected["classes"]:
+            raise ValueError(f"{' and '.join(state['classes'])}, not {' and '.join(expected['classes'])}")
         run.model.load_state_dict(state["weights"])
         run.average.load_state_dict(checkpoint["model"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.scheduler.load_state_dict(state["scheduler"])
         run.loader.losses.copy_(state["losses"])
-        if not 1 <= len(checkpoint["history"]) <= run.recipe.epochs:
-            raise ValueError("history")
-    except Exception as error:  # a spoilt state makes PyTorch raise nearly anything
-        raise UserError(
-            f"{path} is of another network, optimiser or schedule than the code's, or damaged ({error!r:.150})"
-        ) from error
+    except (KeyError, RuntimeError, ValueError) as error:
+        why = utils.one_line(error)
+        raise UserError(f"{path} is of another network, optimiser or schedule than the code's ({why})") from error
     run.history = checkpoint["history"]
 
 
 def stored_recipe(path: Path) -> Recipe:
-    """The recipe of a checkpoint; UserError if it is damaged or of another version."""
+    """The recipe of a checkpoint; UserError if it is of another version of train.py."""
     stored = utils.load_checkpoint(path)["recipe"]
     try:
         return Recipe(**stored)
     except (TypeError, UserError) as error:
-        raise UserError(f"{path} cannot be resumed, its recipe is of another version ({error!r:.150})") from error
+        raise UserError(
+            f"{path} cannot be resumed, its recipe is of another version ({utils.one_line(error)})"
+        ) from error
 
 
 def check_same(recipe: Recipe, path: Path, settings: dict[str, Any]) -> None:
-    """UserError if some of `settings` are not those of `recipe`, which `path` holds."""
+    """UserError if some of `settings` differ from `recipe`, which `path` holds."""
     others = [name for name, value in settings.items() if value != getattr(recipe, name)]
     if others:
-        words = " ".join(f"{flag(name)} {format_value(getattr(recipe, name))}" for name in others)
-        raise UserError(f"{path} was made with {words}; --resume keeps that, so give no other value")
+        given = " ".join(f"{flag(name)} {format_value(getattr(recipe, name))}" for name in others)
+        raise UserError(
+            f"{path} was made with {given}, and its schedule fits no other value; "
+            "leave it out to resume, or train anew into another --out"
+        )
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; UserError if another one holds it. Ends with the process, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if fcntl:
-            handle = os.open(folder, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another training writes to {folder}; wait for it or choose another --out") from error
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-    try:
-        yield
-    finally:
-        if fcntl:
-            os.close(handle)
+# --- TensorBoard ------------------------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# TensorBoard
-
-
-def open_board(folder: Path, history: list[dict[str, float]]) -> Any:
-    """A SummaryWriter for `folder` with the epochs so far; UserError if package or right to write is missing."""
+def open_writer(folder: Path, run: Run) -> Any:
+    """A SummaryWriter for `folder`, with a batch of training images; UserError if the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
-    try:
-        board = SummaryWriter(str(folder), purge_step=0)  # what an earlier training wrote there is not shown
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-    for entry in history:  # of a resumed run
-        log_epoch(board, entry)
-    return board
+    writer = SummaryWriter(str(folder), purge_step=len(run.history) + 1)  # hides later epochs of an earlier training
+    writer.add_images("augmented digits", next(iter(run.loader))[0].clamp(0, 1))
+    return writer
 
 
-def log_epoch(board: Any, entry: dict[str, float]) -> None:
-    """What the history has of the epoch; loss and accuracy of training and validation share a chart."""
+def log_epoch(writer: Any, entry: dict[str, float]) -> None:
+    """Write an entry of the history. Training and validation share a chart for loss, and one for accuracy."""
     for name, value in entry.items():
+        if name == "learning_rates":
+            continue
         part, _, rest = name.partition("_")
-        board.add_scalar(f"{rest}/{part}" if part in ("train", "val") else name, value, entry["epoch"])
+        writer.add_scalar(f"{rest}/{part}" if part in ("train", "val") else name, value, entry["epoch"])
 
 
-def log_result(board: Any, recipe: Recipe, finals: dict[str, float]) -> None:
-    """The hyperparameters with the final accuracies."""
+def log_result(writer: Any, recipe: Recipe, finals: dict[str, float]) -> None:
+    """Write the hyperparameters with the final accuracies, and close the writer."""
     settings = {name: format_value(v) if isinstance(v, tuple) else v for name, v in asdict(recipe).items()}
-    board.add_hparams(settings, {f"final/{name}": value for name, value in finals.items()}, run_name=".")
-    board.close()
+    writer.add_hparams(settings, {f"final/{name}": value for name, value in finals.items()}, run_name=".")
+    writer.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Several runs
+# --- Several runs -----------------------------------------------------------------------------------------------------
 
 
 def run_several(args: argparse.Namespace, recipe: Recipe) -> int:
-    """--runs or --folds: a process of this same command for each, some at a time, and a report on all of them."""
+    """--runs or --folds: one process of this same command for each run, several at a time; then a summary."""
+    from extras import several
+
     if recipe.folds:
-        parts = {args.out / f"fold-{k}": ["--child", "--fold", k] for k in range(1, recipe.folds + 1)}
+        flags = {f"fold-{k}": ["--fold", k] for k in range(1, recipe.folds + 1)}
     else:
-        seeds = range(recipe.seed, recipe.seed + args.runs)
-        parts = {args.out / f"seed-{seed}": ["--child", "--runs", 1, "--seed", seed] for seed in seeds}
-    if args.resume:
-        own = {"seed", "fold"} if "variants" in args.overrides else {"seed", "fold", "variants"}
-        settings = {name: value for name, value in asdict(recipe).items() if name not in own}
-        for path in (folder / "last.pt" for folder in parts):
-            if path.exists():
-                check_same(stored_recipe(path), path, settings)
-    out_flags = ["--tensorboard", args.tensorboard / args.out.name] if args.tensorboard else []
-    same = [sys.executable, __file__, *sys.argv[1:]]  # of two equal flags the last one counts
-    commands = {folder: [*same, *map(str, [*words, "--out", folder, *out_flags])] for folder, words in parts.items()}
+        flags = {f"seed-{k}": ["--runs", 1, "--seed", k] for k in range(recipe.seed, recipe.seed + args.runs)}
+    folders = [args.out / name for name in flags]
+    for last in (folder / "last.pt" for folder in folders):
+        if args.resume and last.exists():
+            settings = {name: value for name, value in asdict(recipe).items() if name not in ("seed", "fold")}
+            check_same(stored_recipe(last), last, settings)
+    tensorboard = ["--tensorboard", args.tensorboard / args.out.name] if args.tensorboard else []
+    this_command = [sys.executable, __file__, *args.argv]  # of two equal flags the last one counts
+    commands = {
+        folder: list(map(str, [*this_command, *its_flags, "--out", folder, *tensorboard]))
+        for folder, its_flags in zip(folders, flags.values())
+    }
     device = utils.choose_device(args.device)
-    jobs = args.jobs or (max(1, available_cores() // recipe.threads) if device.type == "cpu" else 1)
+    jobs = args.jobs or (max(1, several.available_cores() // recipe.threads) if device.type == "cpu" else 1)
     try:
-        failed = run_side_by_side(commands, jobs, recipe.epochs, "a" if args.resume else "w")
+        failed = several.run_side_by_side(commands, jobs, recipe.epochs, "a" if args.resume else "w")
     except KeyboardInterrupt:
-        print("\nStopped. What was finished is kept; the same command with --resume goes on.", file=sys.stderr)
+        print("\nStopped. Finished epochs are kept; the same command with --resume goes on.", file=sys.stderr)
         return 130
     if failed:
         raise UserError(f"{', '.join(failed)} failed; the same command with --resume goes on with the rest")
-    report(args, [*parts], device)
+    several.summarize(args.out, folders, args.data_dir, device)
     return 0
 
 
-def run_side_by_side(commands: dict[Path, list[str]], jobs: int, epochs: int, mode: str) -> list[str]:
-    """Run the command of each folder, `jobs` at a time, its output going to the folder's log.txt, under one bar.
-
-    Returns the names of the folders whose command failed. What still runs ends when this is interrupted.
-    """
-    waiting, running, failed = list(commands), {}, []
-    bar = tqdm(total=epochs * len(commands), unit="epoch", disable=None, dynamic_ncols=True)
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                folder = waiting.pop(0)
-                folder.mkdir(parents=True, exist_ok=True)
-                with (folder / "log.txt").open(mode) as log:
-                    running[folder] = subprocess.Popen(commands[folder], stdout=log, stderr=subprocess.STDOUT)
-            time.sleep(0.2)
-            started = [folder for folder in commands if folder not in waiting]
-            bar.n = sum(log_text(folder).count("\nTrain Loss: ") for folder in started)
-            bar.refresh()
-            for folder in [folder for folder, process in running.items() if process.poll() is not None]:
-                if running.pop(folder).returncode:
-                    failed.append(folder.name)
-                tqdm.write(f"{folder.name}: {(log_text(folder).splitlines() or ['no output'])[-1]}")
-    finally:
-        bar.close()
-        for process in running.values():
-            process.terminate()
-            process.wait()
-    return failed
+# --- The command line -------------------------------------------------------------------------------------------------
 
 
-def log_text(folder: Path) -> str:
-    """What the process of `folder` has printed so far."""
-    return (folder / "log.txt").read_text(errors="replace")
-
-
-def available_cores() -> int:
-    """Cores that this process may use: its affinity, or less where a container has a quota (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota_file = Path("/sys/fs/cgroup/cpu.max")
-    quota, period = quota_file.read_text().split() if quota_file.exists() else ("max", "1")
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-
-
-def report(args: argparse.Namespace, folders: list[Path], device: torch.device) -> None:
-    """Table and summary of the runs in `folders`, and for seeds the accuracy of their ensemble; also to runs.json."""
-    models, checkpoints = zip(*(utils.load_model(folder / "model.pt", device) for folder in folders))
-    runs = [{"run": f.name, **c["history"][-1], **c["metrics"]} for f, c in zip(folders, checkpoints)]
-    columns = [name for name in TITLES if name in runs[0]]
-    results: dict[str, Any] = {"recipe": checkpoints[0]["recipe"], "versions": utils.versions(), "runs": runs}
-
-    print(f"\n{'Run':<8}" + "".join(f"{TITLES[name]:>22}" for name in columns))
-    for run in runs:
-        print(f"{run['run']:<8}" + "".join(f"{run[name]:21.2f}%" for name in columns))
-    for name in columns:
-        results[name] = summary([run[name] for run in runs])
-        print(f"{TITLES[name]}: " + "mean {mean:.3f}%  std {std:.3f}  standard error {sem:.3f}  min {min:.2f}%  "
-              "max {max:.2f}%  ({n} runs)".format(**results[name]))  # fmt: skip
-    if "test_accuracy" in columns:
-        test_split = utils.load_mnist(args.data_dir, train=False, device=device)
-        ensemble = torch.stack([utils.predict(model, test_split.images).softmax(1) for model in models]).mean(0)
-        results["ensemble_test_accuracy"] = utils.accuracy(ensemble, test_split.labels)
-        print(f"Test Accuracy of the {len(runs)} networks' mean prediction: {results['ensemble_test_accuracy']:.2f}%")
-    utils.write_json(args.out / "runs.json", results)
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    """Mean, sample standard deviation, standard error of the mean, minimum, maximum and number of `values`."""
-    std = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "std": std, "sem": std / len(values) ** 0.5,
-            "min": min(values), "max": max(values), "n": len(values)}  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; `overrides` has what it says of the recipe."""
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The command line; `overrides` are its settings of the recipe."""
     parser = argparse.ArgumentParser(description="Train the network of model.py on MNIST.")
     recipe = parser.add_argument_group("recipe (saved in the checkpoint)")
     for f in fields(Recipe):
-        words = {"type": str if isinstance(f.default, tuple) else type(f.default), **f.metadata["words"]}
-        if "choices" not in words:
-            words["metavar"] = words["type"].__name__.upper()
+        kwargs = dict(f.metadata["argparse_kwargs"])
+        if "action" not in kwargs:
+            kwargs.setdefault("type", type(f.default))
+        if f.metadata["range"] or f.name == "teacher":
+            kwargs["metavar"] = "PATH" if f.name == "teacher" else kwargs["type"].__name__.upper()
         help = f"{f.metadata['help']} (default: {format_value(f.default) or 'none'})"
-        recipe.add_argument(flag(f.name), default=argparse.SUPPRESS, help=help, **words)
+        recipe.add_argument(flag(f.name), default=argparse.SUPPRESS, help=help, **kwargs)
     utils.add_common_flags(parser)
     add = parser.add_argument
     add("--out", type=Path, default=Path("checkpoints"), metavar="DIR",
-        help="folder of the checkpoints and, of --runs, of the logs (default: %(default)s)")  # fmt: skip
-    add("--resume", action="store_true", help="go on from last.pt in --out, or start if there is none")
-    add("--runs", type=at_least(1), default=1, metavar="N", help="train N times, with consecutive seeds")
-    add("--jobs", type=at_least(1), metavar="J",
-        help="runs of --runs or --folds at a time (default: one a core; on a GPU 1)")  # fmt: skip
+        help="folder of the checkpoints; of several runs also of their logs (default: %(default)s)")  # fmt: skip
+    add("--resume", action="store_true", help="continue from last.pt in --out; start if there is none")
+    add("--runs", type=positive, default=1, metavar="N", help="train N times, with consecutive seeds")
+    add("--jobs", type=positive, metavar="J",
+        help="processes for --runs or --folds (default: one for each core; on a GPU 1)")  # fmt: skip
     add("--tensorboard", type=Path, nargs="?", const=Path("runs"), metavar="DIR",
         help="write curves, images and hyperparameters for TensorBoard (default DIR: runs)")  # fmt: skip
-    add("--dry-run", action="store_true", help="a few steps of everything; keeps nothing")
-    add("--child", action="store_true", help=argparse.SUPPRESS)  # one of --runs or --folds, which cleans up after it
+    add("--dry-run", action="store_true", help="try everything with a few steps; keep nothing")
     args = parser.parse_args(argv)
-    names = [f.name for f in fields(Recipe) if hasattr(args, f.name)]
-    given = {name: getattr(args, name) for name in names}
+    args.argv = argv
+    given = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
     args.overrides = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if "teacher" in given:
-        args.overrides["teacher"] = find_teachers(args.teacher)
+        args.overrides["teacher"] = tuple(str(run) for path in args.teacher for run in utils.find_runs(Path(path)))
     if args.runs > 1 and given.get("folds"):
         raise UserError("--runs does not go with --folds")
     return args
 
 
-def find_teachers(names: list[str]) -> tuple[str, ...]:
-    """The absolute paths of checkpoints and, for folders, of the runs in them; UserError for a folder without any."""
-    found = []
-    for path in map(Path, names):
-        runs = sorted(path.glob("model.pt")) or sorted(path.glob("*/model.pt")) if path.is_dir() else [path]
-        if not runs:
-            raise UserError(f"--teacher {path}: no model.pt in this folder or one level below")
-        found += [str(run.resolve()) for run in runs]
-    return tuple(found)
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """UserError for the first setting that is out of range, or does not go with another."""
-    for f in fields(recipe):
-        value, (low, high) = getattr(recipe, f.name), (f.metadata["low"], f.metadata["high"])
-        choices = f.metadata["words"].get("choices")
-        if choices and value not in choices:
-            raise UserError(f"{flag(f.name)} {value}: choose from {', '.join(choices)}")
-        numbers = () if choices or f.name == "teacher" else value if isinstance(value, tuple) else (value,)
-        if type(value) is not type(f.default) or not all(low <= number <= high for number in numbers):
-            raise UserError(f"{flag(f.name)} {format_value(value)} is not from {low} to {high}")
-    if recipe.lr > recipe.peak_lr:
-        raise UserError(f"--lr {recipe.lr} is above --peak-lr {recipe.peak_lr}: the cycle rises from one to the other")
-    if recipe.folds == 1 or recipe.fold > recipe.folds:
-        raise UserError(f"--folds {recipe.folds} --fold {recipe.fold}: it takes 2 folds or more, and one of them")
-    if recipe.folds and recipe.val_size:
-        raise UserError("--folds does not go with --val-size: each fold is held out in its turn")
-
-
-def flag(name: str) -> str:
-    """The flag of the recipe's field `name`."""
-    return "--" + name.replace("_", "-")
-
-
-def format_value(value: Any) -> str:
-    """A setting's value as one types it."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def launch(args: argparse.Namespace) -> int:
-    """One run or several, as the flags ask for; returns the exit status."""
+    """Start one run or several; returns the exit status."""
+    from extras.several import locked
+
     several = args.runs > 1 or (args.overrides.get("folds") and not args.overrides.get("fold"))
     last = args.out / "last.pt"
     resumed = last if args.resume and last.exists() and not several else None
@@ -623,13 +527,12 @@ def launch(args: argparse.Namespace) -> int:
         return run_several(args, recipe) if several else train_once(args, recipe, resumed)
 
 
-def main() -> int:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(sys.argv[1:] if argv is None else argv)
     if not args.dry_run:
         return launch(args)
     args.overrides["epochs"] = min(2, args.overrides.get("epochs", 2))
-    if args.child:
-        return launch(args)
+    args.runs = 1
     with tempfile.TemporaryDirectory() as folder:
         args.out = Path(folder) / "out"
         args.tensorboard = args.tensorboard and Path(folder) / "runs"

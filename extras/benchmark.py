@@ -1,8 +1,8 @@
-"""How fast is training, against everybody's way and against the machine: `python tests/benchmark.py`, on a CPU.
+"""How fast is training on a CPU, compared with the plain way? `python extras/benchmark.py` prints a table.
 
-Each timing has new processes of its own, so that no thread pool disturbs another. They load their data, warm up, wait
-for each other, and only then does the clock run. All are timed in turns, alone and beside a process that keeps one
-core busy; medians are printed. Close your browser first.
+Each timing has its own processes, so that no thread pool disturbs another. They load their data, warm up and wait for
+each other before the clock starts. All are timed in turns, alone and beside a process that keeps one core busy, and
+the medians are printed. Close your browser first.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from torchvision import transforms
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import test_model  # noqa: E402
-import train  # noqa: E402
-import utils  # noqa: E402
-from model import Net, layer_table  # noqa: E402
+import train
+import utils
+from extras import photos, several
+from model import Net
 
 CPU = torch.device("cpu")
 THREADS = torch.get_num_threads()  # PyTorch's default, before train.py's is set
 IMAGES = 6400  # trained on in one timing: 100 steps
 
-Work = tuple[Callable[[], object], float]  # what is to be timed, ready and warm, and how many images it is worth
+Work = tuple[Callable[[], object], int]  # what is timed, after its warm-up, and the images that it reads
 
 
 class Contender(NamedTuple):
-    """Processes that each call `prepare` and then do its work, all at once; beside a busy core if `busy`."""
+    """Processes that each call `prepare` and then do its work, at the same time; with `busy` one core is busy."""
 
     name: str
     prepare: Callable[[], Work]
@@ -52,7 +52,7 @@ class Contender(NamedTuple):
 
 
 class Digits(Dataset):
-    """MNIST's training images as torchvision's own class hands them out: PIL images, transformed, and labels."""
+    """MNIST's training images as torchvision's own class returns them: transformed PIL images, and labels."""
 
     def __init__(self, transform: Callable[[Image.Image], torch.Tensor]) -> None:
         split = utils.load_mnist(ROOT / "data", train=True, device=CPU)
@@ -96,7 +96,7 @@ def plain_optimizer(model: nn.Module) -> torch.optim.SGD:
 
 
 def plain_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable) -> None:
-    """Eager steps, with `loss.item()` in each."""
+    """The steps of one epoch, with `loss.item()` in each."""
     total_loss = 0.0
     for images, labels in batches:
         optimizer.zero_grad()
@@ -107,41 +107,23 @@ def plain_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Ite
 
 
 def plain_way(workers: int) -> Work:
-    """Everybody's training."""
+    """The usual training loop."""
     batches, model = iter(plain_loader(workers)), plain_network()
     optimizer = plain_optimizer(model)
-    plain_epoch(model, optimizer, islice(batches, 16))  # until the workers run at their own pace
+    plain_epoch(model, optimizer, islice(batches, 16))  # until the workers' first batches are used up
     return lambda: plain_epoch(model, optimizer, islice(batches, IMAGES // 64)), IMAGES
 
 
 def train_py() -> Work:
-    """A whole short run of train.py's own loop: dropout has the share of it that it has of a long one."""
-    recipe = train.Recipe(epochs=1)
+    """A short run of train.py's own loop, with its share of steps that have dropout."""
     split = utils.load_mnist(ROOT / "data", train=True, device=CPU)
-    loss_fn = train.make_loss(recipe, CPU)
 
     def train_on(images: int) -> None:
-        loader = utils.Loader(split.select(slice(images)), recipe.batch_size, recipe.augmentation, recipe.seed)
-        run = train.build_run(recipe, CPU, data_crc=0, loader=loader)
-        train.train_epoch(run, loss_fn, epoch=0)
+        run = train.build_run(train.Recipe(epochs=1), split.select(slice(images)), 0, CPU)
+        train.train_epoch(run, epoch=0)
 
     train_on(640)
     return partial(train_on, IMAGES), IMAGES
-
-
-def floor() -> Work:
-    """Products of large matrices, counted in images: as many as training does so many multiply-accumulates on."""
-    size, repeats = 1536, 20
-    a, b = torch.randn(2, size, size)
-    macs = [layer.macs for layer in layer_table(Net()) if layer.macs]
-    macs_an_image = 3 * sum(macs) - macs[0]  # outputs, gradients of weights and of inputs; the image needs none
-
-    def multiply() -> None:
-        for _ in range(repeats):
-            a @ b
-
-    multiply()
-    return multiply, repeats * size**3 / macs_an_image
 
 
 def evaluation() -> Work:
@@ -153,7 +135,7 @@ def evaluation() -> Work:
 
 
 def own_images() -> Work:
-    """Reading 60 photos, from file to prediction: test digits in dark ink on light paper of 1200 x 900 pixels."""
+    """Reading 60 photos of 1200 x 900 pixels from files: test digits in dark ink on light paper."""
     folder, model = tempfile.TemporaryDirectory(), utils.to_device(Net(), CPU).eval()
     for index, digit in enumerate(utils.load_mnist(ROOT / "data", train=False, device=CPU).images[:60, 0].numpy()):
         photo, ink = Image.new("L", (1200, 900), 220), Image.fromarray(digit).resize((560, 560))
@@ -161,15 +143,15 @@ def own_images() -> Work:
         photo.save(Path(folder.name, f"{index}.jpg"))
 
     def read(count: int) -> None:
-        digits = [test_model.read_number(Path(folder.name, f"{index}.jpg"))[1] for index in range(count)]
-        test_model.classify(model, torch.cat(digits))
+        digits = [photos.read_number(Path(folder.name, f"{index}.jpg"))[1] for index in range(count)]
+        photos.classify(model, torch.cat(digits))
 
     read(5)
     return partial(read, 60), 60
 
 
 def first_step() -> Work:
-    """`python train.py` until its first step is done, as one image."""
+    """`python train.py` until the end of its first step, counted as one image."""
     script = """if True:
         import sys, train, utils
         train.update_average = lambda *_: sys.exit()
@@ -180,19 +162,17 @@ def first_step() -> Work:
 
 PLAIN = Contender(f"plain way: 2 workers, {THREADS} threads", partial(plain_way, 2), THREADS)
 PLAIN_AT_ITS_FASTEST = Contender("plain way: 1 worker, 1 thread", partial(plain_way, 1))
-FLOOR = Contender("floor: matrix product, 1 thread", floor)
 TRAINING = [
     PLAIN,
     PLAIN_AT_ITS_FASTEST,
     Contender("train.py", train_py),
     Contender("train.py --threads 2", train_py, threads=2),
     Contender("train.py --runs 2", train_py, processes=2),
-    FLOOR,
 ]
 EVALUATION, OWN_IMAGES, FIRST_STEP = (Contender(work.__name__, work) for work in (evaluation, own_images, first_step))
 
 
-SPIN = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with us, even if we are killed
+SPIN = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with its parent
 
 
 def images_per_second(contender: Contender) -> float:
@@ -219,18 +199,16 @@ def time_here(_rank: int, contender: Contender, start: Any, rates: Any) -> None:
 
 
 def print_table(rates: dict[Contender, float]) -> None:
-    """Images per second; "kept" is what a busy core leaves of a row's rate."""
-    print("| training | images/s | s/epoch | × plain | × its fastest | of the floor | one core busy | × plain | kept |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    """Images per second and ratios to the plain way, on a quiet machine and beside a busy core."""
+    print("| training | images/s | × plain | × its fastest | one core busy | × plain |\n|---|---:|---:|---:|---:|---:|")
     for row in TRAINING:
         rate, busy = rates[row], rates[row._replace(busy=True)]
-        ratios = f"{rate / rates[PLAIN]:.2f} | {rate / rates[PLAIN_AT_ITS_FASTEST]:.2f} | {rate / rates[FLOOR]:.0%}"
-        ratios_busy = f"{busy / rates[PLAIN._replace(busy=True)]:.2f} | {busy / rate:.0%}"
-        print(f"| {row.name} | {rate:,.0f} | {60_000 / rate:.1f} | {ratios} | {busy:,.0f} | {ratios_busy} |")
+        ratios = f"{rate / rates[PLAIN]:.2f} | {rate / rates[PLAIN_AT_ITS_FASTEST]:.2f}"
+        print(f"| {row.name} | {rate:,.0f} | {ratios} | {busy:,.0f} | {busy / rates[PLAIN._replace(busy=True)]:.2f} |")
 
 
 def print_profile() -> None:
-    """Where train.py's time goes on one thread: the 14 dearest operations."""
+    """The 14 operations of train.py that take the most time on one thread."""
     work, _ = train_py()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         work()
@@ -255,7 +233,7 @@ def main() -> int:
             print(f"{repeat + 1}/{args.repeats} {contender.name}{where}: {rates[-1]:,.1f} images/s", file=sys.stderr)
     medians = {contender: statistics.median(rates) for contender, rates in timings.items()}
 
-    print(f"{train.available_cores()} cores, {torch.backends.cpu.get_cpu_capability()}; torch {torch.__version__}")
+    print(f"{several.available_cores()} cores, {torch.backends.cpu.get_cpu_capability()}; torch {torch.__version__}")
     print(f"Medians of {args.repeats}\n")
     print_table(medians)
     print(f"\nEvaluation of 10,000 images: {10_000 / medians[EVALUATION]:.2f} s")
