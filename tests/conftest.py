@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Callable
 
@@ -77,7 +78,7 @@ def test_split() -> utils.Split:
 @pytest.fixture(scope="session")
 def environment(data_dir: Path) -> dict[str, str]:
     """The environment of the scripts that tests run."""
-    return {**os.environ, "MNIST_DATA_DIR": str(data_dir), "MPLBACKEND": ""}
+    return {**os.environ, "MNIST_DATA_DIR": str(data_dir), "MPLBACKEND": "", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="session")
@@ -86,13 +87,9 @@ def run(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProces
 
     def run(script: str, *args: object, status: int = 0, env: dict[str, str] | None = None, cwd: Path = ROOT):
         done = subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, args)],
-            cwd=cwd,
-            env={**environment, **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+            [sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, env={**environment, **(env or {})},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
         assert done.returncode == status, f"{done.args}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done
@@ -102,16 +99,14 @@ def run(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProces
 
 @pytest.fixture
 def call(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """call("train.py", "--epochs", 1, status=0): the same in this process, without paying for imports again.
-
-    Returns standard output and standard error.
-    """
+    """call("train.py", "--epochs", 1, status=0): stdout and stderr of the same in this process."""
     monkeypatch.setenv("MNIST_DATA_DIR", environment["MNIST_DATA_DIR"])
 
     def call(script: str, *args: object, status: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, args)])
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), "--device", "cpu", *map(str, args)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit) as stop, warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # which would be lines on stderr
             utils.run_script(MAINS[script])
         out, err = capsys.readouterr()
         assert (stop.value.code or 0) == status, f"exit {stop.value.code}\n{out}\n{err}"
@@ -126,11 +121,18 @@ def refuse(call: Callable[..., tuple[str, str]]) -> Callable[..., None]:
 
     def refuse(script: str, *args: object, words: list[object]) -> None:
         _, err = call(script, *args, status=2)
-        assert len(err.strip().splitlines()) == 1, err
-        for word in words:
-            assert str(word) in err
+        assert len(err.strip().splitlines()) == 1 and "x1b" not in repr(err), err  # without colours
+        assert all(str(word) in err for word in words), err
 
     return refuse
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, then the GPU."""
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,11 @@
 """Data files, batches, augmentation, held-out images."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
-import tracemalloc
+import math
+import shutil
+import zlib
+from itertools import product
 from pathlib import Path
 from typing import Callable
 
@@ -24,9 +25,6 @@ from utils import Augmentation, Loader, Split, UserError
 NAMES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def test_the_repository_carries_the_official_archives() -> None:
     readme = (ROOT / "data" / "README.md").read_text()
     for name, md5 in MNIST.resources:
@@ -35,28 +33,33 @@ def test_the_repository_carries_the_official_archives() -> None:
     assert len(mnist(train=True).labels) == 60_000
 
 
-def test_images_and_labels_are_torchvisions(tmp_path: Path) -> None:
-    for name, _ in MNIST.resources:  # torchvision unpacks beside: not in the repository's own folder
-        packed = ROOT / "data/MNIST/raw" / name
-        (tmp_path / "MNIST/raw").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "MNIST/raw" / name[:-3]).write_bytes(gzip.decompress(packed.read_bytes()))
-    theirs, ours = MNIST(str(tmp_path), train=False), utils.load_mnist(tmp_path, train=False, device=CPU)
-    assert torch.equal(ours.images[:, 0], theirs.data) and torch.equal(ours.labels, theirs.targets)
-
-
 @pytest.mark.parametrize("layout", ["MNIST/raw", ".", "FashionMNIST/raw", "raw"])
-@pytest.mark.parametrize("packed", [True, False])
-def test_files_are_found_packed_or_not_in_each_layout(layout: str, packed: bool, tmp_path: Path) -> None:
-    write_mnist(tmp_path / layout, train=50, test=20)
-    if packed:
-        for name in NAMES:
-            raw = tmp_path / layout / name
-            raw.with_name(f"{name}.gz").write_bytes(gzip.compress(raw.read_bytes()))
-            raw.unlink()
+@pytest.mark.parametrize("names", ["packed {}.gz", "{}", "{}.gz", "kmnist-{}", "Kaggle"])
+def test_files_are_found_packed_or_not_in_each_layout(layout: str, names: str, tmp_path: Path) -> None:
+    """Contents tell what is packed. Kaggle's "-idx3" is ".idx3", and beside each file lies a folder with the same."""
+    packed, names = "packed" in names, names.replace("packed ", "")
+    folder = write_mnist(tmp_path / layout, train=50, test=20)
+    for name in NAMES:
+        data = (folder / name).read_bytes()
+        (folder / name).unlink()
+        if names == "Kaggle":
+            (folder / name).mkdir()
+            (folder / name / name).write_bytes(data)
+        new = name.replace("-idx", ".idx") if names == "Kaggle" else names.format(name)
+        (folder / new).write_bytes(gzip.compress(data) if packed else data)
     before = sorted(tmp_path.rglob("*"))
     split = utils.load_mnist(tmp_path, train=False, device=CPU)
     assert split.images.shape == (20, 1, 28, 28) and split.labels.tolist()[:3] == [7, 2, 1]
     assert sorted(tmp_path.rglob("*")) == before  # nothing is unpacked
+
+
+def test_emnist_is_turned_and_says_so_in_a_line(capsys, tmp_path: Path) -> None:
+    digits = mnist(train=True).select(slice(50))
+    (tmp_path / "emnist-digits-train-images-idx3-ubyte").write_bytes(idx(digits.images[:, 0].mT.numpy()))
+    (tmp_path / "emnist-digits-train-labels-idx1-ubyte").write_bytes(idx(digits.labels.numpy()))
+    assert torch.equal(utils.load_mnist(tmp_path, train=True, device=CPU).images, digits.images)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "emnist-digits-train-images" in line and "transposed" in line
 
 
 IMAGES, LABELS = NAMES[2:]
@@ -66,15 +69,14 @@ DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {  # the file, w
     "too long": (IMAGES, lambda data: data + b"x", "too long"),
     "empty": (IMAGES, lambda data: b"", "damaged"),
     "not IDX": (IMAGES, lambda data: b"<html>404</html>", "not an IDX file"),
-    "enormous": (IMAGES, lambda data: bytes([0, 0, 8, 3]) + 12 * b"\xff", "declares"),
-    "not square": (IMAGES, lambda data: idx(np.zeros((20, 28, 20))), "20 x 28 x 20"),
-    "32x32": (IMAGES, lambda data: idx(np.zeros((20, 32, 32))), "IMAGE_SIZE = 32 in model.py"),
-    "label 10": (LABELS, lambda data: idx(np.full(20, 10)), "CLASSES = 11 in model.py"),
+    "enormous": (IMAGES, lambda data: bytes([0, 0, 8, 3]) + 12 * b"\xff", "not an IDX file"),
+    "32x32": (IMAGES, lambda data: idx(np.zeros((20, 32, 32))), "IMAGE_SIZE = 28 (in model.py)"),
+    "pixels to 1": (IMAGES, lambda data: idx(np.ones((20, 28, 28))), "multiply them by 255"),
+    "label 10": (LABELS, lambda data: idx(np.full(20, 10)), "labels up to 10, and CLASSES = 10 (in model.py)"),
     "other number": (LABELS, lambda data: idx(np.zeros(19)), "19 labels"),
     "gzip cut": (PACKED, lambda data: gzip.compress(data)[:2000], PACKED),
     "gzip sum": (PACKED, lambda data: flip(gzip.compress(data), -5), PACKED),
-    "gzip flipped": (PACKED, lambda data: flip(gzip.compress(data), 2000), PACKED),
-    "missing": ("other", lambda data: data, f"no {IMAGES}"),
+    "missing": ("other", lambda data: data, "test)-images-idx"),
 }
 
 
@@ -88,42 +90,32 @@ def test_damaged_files_are_one_line_that_names_the_file(how: str, refuse, tmp_pa
     refuse("train.py", "--data-dir", tmp_path, "--out", tmp_path / "out", words=[words, tmp_path])
 
 
-def test_a_gzip_bomb_is_read_no_further_than_its_header_says(tmp_path: Path) -> None:
-    path = tmp_path / PACKED
-    with gzip.open(path, "wb", compresslevel=1) as file:
-        file.write(bytes([0, 0, 8, 3, 0, 0, 0, 20, 0, 0, 0, 28, 0, 0, 0, 28]))
-        for _ in range(200):
-            file.write(bytes(2**20))
-    tracemalloc.start()
-    with pytest.raises(UserError, match="too long"):
-        utils.read_idx(path)
-    assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
-    tracemalloc.stop()
-
-
 def test_an_empty_folder_is_filled_by_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a download that failed, which leaves empty folders, the next call tries again."""
+    reasons = ["Error downloading train-images-idx3-ubyte.gz:\nTried https://one/ and https://two/"]
+
     def download(root: Path, download: bool) -> None:
-        assert download
-        write_mnist(Path(root) / "MNIST" / "raw", train=50, test=20)
+        (root / "MNIST" / "raw").mkdir(parents=True, exist_ok=True)
+        if reasons:
+            raise RuntimeError(reasons.pop())
+        write_mnist(root / "MNIST" / "raw", train=50, test=20)
 
     monkeypatch.setattr("torchvision.datasets.MNIST", download)
+    with pytest.raises(UserError, match=r"gz: Tried https://one/ and https://two/; leave out --data-dir"):
+        utils.load_mnist(tmp_path / "new", train=True, device=CPU)
     assert len(utils.load_mnist(tmp_path / "new", train=True, device=CPU).labels) == 50
 
-    def fail(root: Path, download: bool) -> None:
-        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz:\nTried ...")
 
-    monkeypatch.setattr("torchvision.datasets.MNIST", fail)
-    with pytest.raises(UserError, match=r"Error downloading train-images-idx3-ubyte.gz:\); leave out --data-dir"):
-        utils.load_mnist(tmp_path / "newer", train=True, device=CPU)
-
-
-def test_a_folder_with_other_files_is_left_alone(refuse, tmp_path: Path) -> None:
+def test_other_files_are_left_alone_and_several_data_sets_are_one_line(refuse, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("...")
-    refuse("train.py", "--data-dir", tmp_path, "--out", tmp_path / "out", words=[NAMES[0], tmp_path])
+    flags = ("train.py", "--data-dir", tmp_path, "--out", tmp_path / "out")
+    refuse(*flags, words=["no file named (train)", tmp_path])
+    for name in ("EMNIST", "KMNIST"):
+        write_mnist(tmp_path / name / "raw", train=50, test=20)
+    refuse(*flags, words=["several data sets", "EMNIST/raw"])
+    write_mnist(tmp_path / "MNIST/raw", train=30, test=20)
+    assert len(utils.load_mnist(tmp_path, train=True, device=CPU).labels) == 30  # MNIST goes first
     assert (tmp_path / "thesis.tex").read_text() == "..."
-
-
-# --- batches ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -133,29 +125,16 @@ def split(test_split: Split) -> Split:
     return test_split.select(index)
 
 
-def test_two_other_data_sets_in_one_folder_are_one_line(refuse, tmp_path: Path) -> None:
-    for name in ("EMNIST", "KMNIST"):
-        write_mnist(tmp_path / name / "raw", train=50, test=20)
-    refuse("train.py", "--data-dir", tmp_path, "--out", tmp_path / "out", words=["several data sets", "EMNIST/raw"])
-    write_mnist(tmp_path / "MNIST/raw", train=30, test=20)
-    assert len(utils.load_mnist(tmp_path, train=True, device=CPU).labels) == 30  # MNIST goes first
+@pytest.mark.parametrize("sizes", [[64, 64, 64, 38], [64, 65], [65], [1]])
+def test_a_last_batch_of_one_image_joins_the_one_before(split: Split, sizes: list[int]) -> None:
+    loader = Loader(split.select(slice(sum(sizes))), 64, Augmentation(), seed=0)
+    assert [tuple(map(len, batch)) for batch in loader] == [(size,) * 3 for size in sizes] and len(loader) == len(sizes)
 
 
-@pytest.mark.parametrize(
-    "count, size, sizes",
-    [(230, 64, [64, 64, 64, 38]), (129, 64, [64, 65]), (65, 64, [65]), (1, 64, [1]), (101, 50, [50, 51])],
-)
-def test_a_last_batch_of_one_image_joins_the_one_before(split: Split, count: int, size: int, sizes: list[int]) -> None:
-    loader = Loader(split.select(slice(count)), size, Augmentation(), seed=0)
-    x, y, index = zip(*loader)
-    assert len(loader) == len(x)
-    assert [*map(len, x)] == [*map(len, y)] == [*map(len, index)] == sizes
-
-
-def test_shuffled_loader_shows_each_image_once_and_depends_on_seed_and_epoch_only(split: Split) -> None:
+def test_loader_without_hard_images_shows_each_once_and_depends_on_seed_and_epoch_only(split: Split) -> None:
     def epoch(seed: int, number: int) -> torch.Tensor:
-        loader = Loader(split, 64, Augmentation(), seed)
-        loader.set_epoch(number)
+        loader = Loader(split, 64, Augmentation(), seed, hard_fraction=0)
+        loader.epoch = number
         return torch.cat([x for x, _, _ in loader])
 
     first, images = epoch(0, 3), split.images / 255
@@ -171,7 +150,7 @@ def test_after_one_epoch_each_pass_has_the_images_with_the_largest_losses_and_so
     loader, shown = Loader(digits, 1024, Augmentation(), seed=0), []
     loader.losses[:] = torch.randperm(3072, generator=torch.Generator().manual_seed(0)) + 1.0
     assert sorted(torch.cat([index for _, _, index in loader]).tolist()) == list(range(3072))
-    loader.set_epoch(1)
+    loader.epoch = 1
     for _, labels, index in loader:  # three passes of one batch each
         hardest = set(loader.losses.topk(512).indices.tolist())
         others = set(index.tolist()) - hardest
@@ -183,49 +162,118 @@ def test_after_one_epoch_each_pass_has_the_images_with_the_largest_losses_and_so
     assert not shown[0] & shown[1] and not shown[1] & shown[2]  # a loss counts from the next pass on
 
 
-@pytest.mark.parametrize("size", [10, 23, 100, 229])
-def test_validation_split_is_stratified_disjoint_and_whole(split: Split, size: int) -> None:
-    tagged = Split(torch.arange(230), split.labels)
-    rest, held = utils.validation_split(tagged, size)
-    assert len(held.labels) == size
+def test_replacements_are_shown_with_their_probability(split: Split) -> None:
+    probability = torch.tensor([0.0, 0.3, 1.0]).repeat(77)[:230]
+    black, shown = torch.zeros_like(split.images), []
+    for seed in range(200):
+        x, _, index = map(torch.cat, zip(*Loader(split, 64, Augmentation(), seed, 0.5, (black, probability))))
+        shown.append(torch.zeros(230).index_put((index,), (x.flatten(1).amax(1) < 0.01).float()))
+    often = torch.stack(shown).mean(0)
+    assert (often[probability == 0] == 0).all() and (often[probability == 1] == 1).all()
+    assert often[probability == 0.3].mean() == pytest.approx(0.3, abs=0.02)
+    assert (often[probability == 0.3].sub(0.3).abs() < 0.2).all()  # chosen anew for each image
+
+
+def splits(split: Split, train_size: int = 0, val_size: int = 0, folds: int = 0, fold: int = 0) -> tuple:
+    """What `make_splits` makes of the indices of `split`: two Splits of indices and labels."""
+    return utils.make_splits(Split(torch.arange(len(split.labels)), split.labels), train_size, val_size, folds, fold)
+
+
+def spread(part: Split) -> int:
+    """How many more there are of the most frequent digit than of the rarest."""
+    counts = torch.bincount(part.labels, minlength=10)
+    return int(counts.max() - counts.min())
+
+
+@pytest.mark.parametrize("settings", [
+    *({"val_size": size} for size in (10, 23, 229)), *({"folds": 4, "fold": fold} for fold in (1, 2, 3, 4)),
+])  # fmt: skip
+def test_held_out_images_are_stratified_disjoint_and_the_same_each_time(split: Split, settings: dict) -> None:
+    rest, held = splits(split, **settings)
+    assert len(held.labels) == settings.get("val_size", pytest.approx(230 / 4, abs=1)) and spread(held) <= 1
     assert sorted(torch.cat([rest.images, held.images]).tolist()) == list(range(230))
-    counts = torch.bincount(held.labels, minlength=10)
-    assert counts.max() - counts.min() <= 1
-    assert torch.equal(utils.validation_split(tagged, size)[1].images, held.images)
+    few, same = splits(split, train_size=1, **settings)
+    assert torch.equal(same.images, held.images) and few.images in rest.images
+
+
+def test_fewer_training_images_are_stratified(split: Split) -> None:
+    few, nothing = splits(split, train_size=60)
+    assert len(few.labels) == len(few.images.unique()) == 60 and spread(few) <= 1 and nothing is None
 
 
 def test_the_validation_images_are_those_of_the_published_figures() -> None:
     """Validation figures in README compare only while `--val-size 10000` holds out the same images."""
-    _, held = utils.validation_split(Split(torch.arange(60_000), mnist(train=True).labels), 10_000)
+    _, held = splits(mnist(train=True), val_size=10_000)
     assert held.images[:5].tolist() == [2, 7, 9, 11, 13] and int(held.images.sum()) == 300_517_329
 
 
-def test_folds_are_stratified_and_cover_everything_once(split: Split) -> None:
-    tagged = Split(torch.arange(230), split.labels)
-    folds = [utils.fold_split(tagged, 4, fold) for fold in (1, 2, 3, 4)]
-    assert torch.cat([held.images for _, held in folds]).sort().values.tolist() == list(range(230))
-    for rest, held in folds:
-        assert sorted(torch.cat([rest.images, held.images]).tolist()) == list(range(230))
-        counts = torch.bincount(held.labels, minlength=10)
-        assert counts.min() >= 5 and counts.max() <= 6  # 23 of each digit
+def test_folds_cover_everything_once(split: Split) -> None:
+    held = [splits(split, folds=4, fold=fold)[1].images for fold in (1, 2, 3, 4)]
+    assert torch.cat(held).sort().values.tolist() == list(range(230))
 
 
-def test_predict_and_accuracy(test_split: Split) -> None:
+@pytest.mark.parametrize("settings", [{"val_size": 400}, {"folds": 4, "fold": 2}, {"train_size": 100, "val_size": 400}])
+def test_splits_of_a_checkpoint_are_those_of_its_training(settings: dict, data_dir: Path) -> None:
+    recipe = {**dict.fromkeys(utils.SPLIT_SETTINGS, 0), **settings}
+    everything = utils.load_mnist(data_dir, train=True, device=CPU)
+    checkpoint = {"recipe": recipe, "data_crc": zlib.crc32(everything.images.numpy())}
+    rest, held_out = utils.make_splits(everything, **recipe)
+    for name, expected in (("train", rest), ("val", held_out), ("test", utils.load_mnist(data_dir, False, CPU))):
+        found = utils.load_split(name, data_dir, checkpoint, CPU)
+        assert torch.equal(found.images, expected.images) and torch.equal(found.labels, expected.labels)
+
+
+def test_split_that_cannot_be_had_is_one_line(refuse, trained: Path, tiny: Path, tmp_path: Path) -> None:
+    flags = ("test_model.py", "--split", "val", "--checkpoint")
+    refuse(*flags, trained, "--data-dir", tiny, words=["--split val", "other training images than this checkpoint"])
+    checkpoint = utils.load_checkpoint(trained / "model.pt")
+    checkpoint["recipe"]["val_size"] = 0
+    torch.save(checkpoint, tmp_path / "model.pt")
+    refuse(*flags, tmp_path, words=["held out no images", "--val-size"])
+
+
+def test_the_test_images_of_another_data_set_are_a_warning(call, trained: Path, tiny: Path, tmp_path: Path) -> None:
+    """None where only test images lie: nothing can be compared."""
+    flags = ("test_model.py", "--checkpoint", trained / "model.pt", "--data-dir")
+    _, err = call(*flags, tiny)
+    assert len(err.splitlines()) == 1 and f"warning: {tiny} has other training images" in err
+    for name in NAMES[2:]:
+        shutil.copy(tiny / name, tmp_path)
+    assert call(*flags, tmp_path)[1] == ""
+
+
+def test_predict_and_measure(test_split: Split) -> None:
     """The network's input is what torchvision's ToTensor makes of a picture: here 600 pictures, two batches."""
     model, images = Net(), test_split.images[:600]
     logits = utils.predict(model.train(), images)
     x = torch.stack([ToTensor()(image.numpy()) for image in images[:, 0]])
     torch.testing.assert_close(logits, model.eval()(x).detach(), atol=1e-5, rtol=1e-5)
-    assert utils.accuracy(torch.eye(10)[[1, 2, 3, 4]], torch.tensor([1, 2, 3, 0])) == 75.0
+    measured = utils.measure(torch.eye(10)[[1, 2, 3, 4]].mul(9).log_softmax(1), torch.tensor([1, 2, 3, 0]))
+    assert measured["accuracy"] == 0.75
+    assert measured["loss"] == pytest.approx(math.log(math.exp(9) + 9) - 9 * 0.75)
 
 
-# --- augmentation ----------------------------------------------------------------------------------------------------
+def test_nine_looks_by_hand(trained: Path, test_split: Split) -> None:
+    """Digits under 99 % sure: the mean probability of nine places; zeros move in. The others keep their logits."""
+    model, _ = utils.load_model(trained / "model.pt", CPU)
+    images = test_split.images[:100].roll(4, 3)  # with ink at the edge
+    one, nine = utils.predict(model, images), utils.predict(model, images, tta=True)
+    sure = one.softmax(1).amax(1) >= 0.99
+    assert 10 < sure.sum() < 90
+    assert torch.equal(one[sure], nine[sure])
+    mean = torch.zeros(100, 10)
+    for dx, dy in product((-1, 0, 1), repeat=2):
+        moved = F.pad(images, [1] * 4).roll((dy, dx), (2, 3))[..., 1:-1, 1:-1]
+        mean += utils.predict(model, moved).softmax(1) / 9
+    torch.testing.assert_close(nine.softmax(1)[~sure], mean[~sure], atol=1e-5, rtol=1e-4)
+    assert torch.equal(utils.predict(model, images[sure], tta=True), one[sure])  # no digit to look at again
+
 
 STILL = torch.zeros(16, 2, utils.ELASTIC_GRID**2)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_warp_is_torchvisions_affine(seed: int) -> None:
+def test_warp_is_torchvisions_affine_and_bends_by_pixels(seed: int) -> None:
     """Image by image, for random angle, translation, scale and both shears together."""
     g = torch.Generator().manual_seed(seed)
     images = torch.rand(16, 1, 28, 28, generator=g)
@@ -237,22 +285,17 @@ def test_warp_is_torchvisions_affine(seed: int) -> None:
         arguments = angle[i].item(), translate[i].tolist(), scale[i].item(), shear[i].tolist()
         theirs = TF.affine(images[i], *arguments, interpolation=TF.InterpolationMode.BILINEAR)
         torch.testing.assert_close(ours[i], theirs, atol=2e-4, rtol=0)
-
-
-def test_warp_grid_is_affine_grid_and_elastic_moves_by_pixels() -> None:
-    images, basis = torch.rand(2, 1, 28, 28), utils.grid_basis(CPU)
-    matrices = utils.affine_matrices(torch.tensor([9.0, -5.0]), torch.ones(2, 2), torch.ones(2), torch.ones(2, 2))
-    grid = F.affine_grid(matrices, [2, 1, 28, 28], align_corners=False)
-    expected = F.grid_sample(images, grid, align_corners=False)
-    torch.testing.assert_close(utils.warp(images, matrices, STILL[:2], basis), expected, atol=1e-5, rtol=0)
-    everywhere_one_right = torch.stack([torch.ones(2, 25), torch.zeros(2, 25)], 1)
-    moved = utils.warp(images, torch.eye(2, 3).expand(2, -1, -1), everywhere_one_right, basis)
+    one_right = torch.stack([torch.ones(16, 25), torch.zeros(16, 25)], 1)  # of the places that are looked at
+    moved = utils.warp(images, torch.eye(2, 3).expand(16, -1, -1), one_right, utils.grid_basis(CPU))
     torch.testing.assert_close(moved[..., :-1], images[..., 1:], atol=1e-4, rtol=0)
 
 
-def test_augmentation_stays_in_its_ranges_and_fills_them() -> None:
-    g = torch.Generator().manual_seed(0)
-    matrices, displacements = Augmentation(rotation=10, scale=0.1, translate=0.1, elastic=0.5).sample(5000, g)
+def test_augmentation_stays_in_its_ranges_and_fills_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(utils, "warp", lambda *arguments: seen.append(arguments))
+    augmentation, g = Augmentation(rotation=10, scale=0.1, translate=0.1, elastic=0.5), torch.Generator().manual_seed(0)
+    utils.augment(torch.zeros(5000, 1, 28, 28), augmentation, g)
+    ((_, matrices, displacements, _),) = seen
     assert displacements.std() == pytest.approx(0.5, abs=0.01)
     linear = matrices[:, :, :2]
     scale = 1 / torch.linalg.det(linear).sqrt()
@@ -271,27 +314,3 @@ def test_each_image_is_augmented_for_itself_and_by_the_generator_alone() -> None
     assert torch.equal(first, again) and first.shape == same.shape
     assert len(first.unique(dim=0)) == 50
     torch.testing.assert_close(utils.augment(same, Augmentation(), torch.Generator()), same, atol=1e-4, rtol=0)
-
-
-# --- the splits of a training ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("settings", [{"val_size": 400}, {"folds": 4, "fold": 2}])
-def test_splits_of_a_checkpoint_are_those_of_its_training(settings: dict, data_dir: Path) -> None:
-    recipe = {"val_size": 0, "folds": 0, "fold": 0, **settings}
-    everything = utils.load_mnist(data_dir, train=True, device=CPU)
-    checkpoint = {"recipe": recipe, "data_crc": utils.crc32(everything)}
-    rest, held_out = utils.make_splits(everything, **recipe)
-    for name, expected in (("train", rest), ("val", held_out), ("test", utils.load_mnist(data_dir, False, CPU))):
-        found = utils.load_split(name, data_dir, checkpoint, CPU)
-        assert torch.equal(found.images, expected.images) and torch.equal(found.labels, expected.labels)
-
-
-@pytest.mark.parametrize("script", ["test_model.py", "visualize_errors.py"])
-def test_split_that_cannot_be_had_is_one_line(script: str, refuse, trained: Path, tiny: Path, tmp_path: Path) -> None:
-    flags = ("--checkpoint", trained / "model.pt", "--split", "val")
-    refuse(script, *flags, "--data-dir", tiny, words=["--split val", "other images than this checkpoint"])
-    checkpoint = utils.load_checkpoint(trained / "model.pt")
-    checkpoint["recipe"]["val_size"] = 0
-    torch.save(checkpoint, tmp_path / "model.pt")
-    refuse(script, "--checkpoint", tmp_path / "model.pt", "--split", "val", words=["held out no images", "--val-size"])

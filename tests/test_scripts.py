@@ -1,18 +1,22 @@
-"""test_model.py's report and exports, the released network, and one epoch on the whole of MNIST."""
-
-from __future__ import annotations
+"""test_model.py: its report and exports; how all scripts start and end; one epoch on the whole of MNIST."""
 
 import json
 import re
+import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT
+from conftest import CPU, MAINS, ROOT, idx, mnist
 
-import test_model
 import utils
+import visualize_errors
+from extras import export
 from model import Net, count_parameters
 
 
@@ -24,7 +28,7 @@ def test_report_agrees_with_itself_and_with_training(run, trained: Path, tmp_pat
     assert report["errors"] == 1000 - int(confusion.trace()) == sum(row["errors"] for row in report["digits"])
     assert report["accuracy"] == pytest.approx(1 - report["errors"] / 1000)
     metrics = utils.load_checkpoint(trained / "model.pt")["metrics"]
-    assert 100 * report["accuracy"] == pytest.approx(metrics["test_accuracy"])
+    assert report["accuracy"] == metrics["test_accuracy"] and report["loss"] == metrics["test_loss"]
     three = report["digits"][3]
     assert three["recall"] == pytest.approx(int(confusion[3, 3]) / int(confusion[3].sum()))
     assert three["precision"] == pytest.approx(int(confusion[3, 3]) / int(confusion[:, 3].sum()))
@@ -32,26 +36,72 @@ def test_report_agrees_with_itself_and_with_training(run, trained: Path, tmp_pat
     assert f"Test accuracy:  {report['accuracy']:.2%}  ({report['errors']} errors in 1,000)" in done.stdout
 
 
-def test_json_to_stdout_is_only_json(call, trained: Path) -> None:
-    out, _ = call("test_model.py", "--checkpoint", trained / "model.pt", "--json", "-")
-    assert json.loads(out)["count"] == 1000
+def test_each_split_is_measured_with_one_look_or_nine(call, trained: Path) -> None:
+    flags = ("test_model.py", "--checkpoint", trained / "model.pt")
+    metrics = utils.load_checkpoint(trained / "model.pt")["metrics"]
+    assert metrics["test_tta_loss"] != metrics["test_loss"]
+    report = json.loads(call(*flags, "--tta", "--json", "-")[0])
+    assert report["tta"] and report["accuracy"] == metrics["test_tta_accuracy"]
+    assert report["loss"] == metrics["test_tta_loss"]
+    for tta, name, looks in (((), "val", "one"), (("--tta",), "val_tta", "nine at digits under 99% sure")):
+        lines, accuracy = call(*flags, *tta, "--split", "val")[0].splitlines(), metrics[f"{name}_accuracy"]
+        assert lines[2].split(maxsplit=1) == ["Looks:", looks]
+        assert lines[3] == f"Validation accuracy:  {accuracy:.2%}  ({round(400 * (1 - accuracy))} errors in 400)"
+    assert json.loads(call(*flags, "--split", "train", "--json", "-")[0])["count"] == 3600
 
 
-def test_the_validation_and_training_images_are_measured_as_well(call, trained: Path) -> None:
-    val, _ = call("test_model.py", "--checkpoint", trained / "model.pt", "--split", "val")
-    history = utils.load_checkpoint(trained / "model.pt")["history"]
-    assert f"Validation accuracy:  {history[-1]['val_accuracy']:.2f}%  (" in val and " in 400)" in val
-    train, _ = call("test_model.py", "--checkpoint", trained / "model.pt", "--split", "train", "--json", "-")
-    assert json.loads(train)["split"] == "train" and json.loads(train)["count"] == 3600
+def test_flags_that_would_be_ignored_are_refused(refuse, tmp_path: Path) -> None:
+    for script, flag in (("test_model", "--images"), ("visualize_errors", "--images"), ("test_model", "--export")):
+        for other in (("--split", "val"), ("--data-dir", tmp_path), ("--tta",)):
+            refuse(f"{script}.py", flag, "m.html", *other, words=[flag, "does not go with", other[0]])
+    refuse("test_model.py", "--export", "model.txt", words=["model.txt", "must end in .onnx or .html"])
+
+
+@pytest.mark.parametrize("script", ["test_model.py", "visualize_errors.py"])
+def test_a_test_set_of_one_image(script: str, call, trained: Path, tmp_path: Path, monkeypatch) -> None:
+    """Whether it is read right or wrong."""
+    monkeypatch.chdir(tmp_path)
+    for digit, label, tta in ((0, 7, ()), (8, 0, ("--tta",))):
+        image = mnist(train=False).images[digit, 0]
+        (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx(image[None].numpy()))
+        (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(np.array([label])))
+        out, err = call(script, "--checkpoint", trained, "--data-dir", tmp_path, *tta)
+        assert ("in 1)" if script == "test_model.py" else "of 1 test digits misread") in out and not err
+
+
+def test_a_checkpoint_is_a_file_or_the_folder_of_one_run(call, refuse, trained: Path, tmp_path: Path) -> None:
+    measured = json.loads(call("test_model.py", "--checkpoint", trained / "model.pt", "--json", "-")[0])
+    shutil.copytree(trained, tmp_path / "seed-0")
+    for folder in (trained, tmp_path):
+        assert json.loads(call("test_model.py", "--checkpoint", folder, "--json", "-")[0]) == measured
+    shutil.copytree(trained, tmp_path / "seed-1")
+    for script in ("test_model.py", "visualize_errors.py"):
+        refuse(script, "--checkpoint", tmp_path, words=[tmp_path, "several runs (seed-0, seed-1)"])
 
 
 def test_one_epoch_on_the_whole_of_mnist(call, tmp_path: Path) -> None:
     out, _ = call("train.py", "--epochs", 1, "--data-dir", ROOT / "data", "--out", tmp_path)
     assert float(re.search(r"Final Test Accuracy: (\S+)%", out)[1]) > 98
-    assert utils.load_checkpoint(tmp_path / "model.pt")["recipe"]["variants"] > 0  # of MNIST's own images
 
 
-# --- ONNX ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("has_stdout", [True, False])
+def test_mains_need_no_command_line_no_real_stdout_and_no_main_thread(has_stdout, tiny, tmp_path, monkeypatch) -> None:
+    """In a notebook or a window, stdout can be written to and no more, or there is none."""
+    written: list[str] = []
+    stdout = SimpleNamespace(write=written.append, flush=lambda: None) if has_stdout else None
+    monkeypatch.setattr(sys, "argv", ["notebook", "--unknown"])
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(visualize_errors, "EXPLAINED", 1)
+    read = ("--checkpoint", tmp_path)
+    flags = (("--epochs", 1, "--out", tmp_path), read, (*read, "--out", tmp_path))
+    with ThreadPoolExecutor(1) as pool:
+        for script, its_flags in zip(MAINS, flags):
+            words = list(map(str, ["--device", "cpu", "--data-dir", tiny, *its_flags]))
+            stop = pool.submit(utils.run_script, partial(MAINS[script], words)).exception()
+            assert isinstance(stop, SystemExit) and not stop.code, stop
+    assert (tmp_path / "errors.png").exists()
+    for words in ("Final Test Accuracy", "Confusion matrix", "test digits misread"):
+        assert not has_stdout or words in "".join(written)
 
 
 def test_onnx_missing(refuse, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,19 +111,13 @@ def test_onnx_missing(refuse, trained: Path, tmp_path: Path, monkeypatch: pytest
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("pool", ["max", "avg"])
-def test_onnx_gives_the_same_logits(pool: str, call, trained: Path, tmp_path: Path) -> None:
-    for package in ("onnx", "onnxscript"):
-        pytest.importorskip(package)
-    onnxruntime = pytest.importorskip("onnxruntime")
-    checkpoint = utils.load_checkpoint(trained / "model.pt")
-    checkpoint["architecture"]["adaptive_pool"] = pool
-    torch.save(checkpoint, tmp_path / "model.pt")
-    path = tmp_path / "m.onnx"
-    out, _ = call("test_model.py", "--checkpoint", tmp_path / "model.pt", "--export", path)
+def test_onnx_gives_the_same_logits(call, trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime, path = pytest.importorskip("onnxruntime"), tmp_path / "m.onnx"
+    out, _ = call("test_model.py", "--checkpoint", trained, "--export", path)
     assert f"Wrote {path}: checked with onnxruntime" in out
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    model, _ = utils.load_model(tmp_path / "model.pt", CPU)
+    model, _ = utils.load_model(trained, CPU)
     for batch in (1, 7):
         x = torch.randn(batch, 1, 28, 28)
         (logits,) = session.run(None, {"image": x.numpy()})
@@ -81,13 +125,12 @@ def test_onnx_gives_the_same_logits(pool: str, call, trained: Path, tmp_path: Pa
 
 
 def test_onnx_that_cannot_be_is_one_line(tmp_path: Path) -> None:
-    for package in ("onnx", "onnxscript"):
-        pytest.importorskip(package)
+    pytest.importorskip("onnxscript")
 
     class Branching(Net):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x if x.mean() > 0 else -x)
 
     with pytest.raises(utils.UserError, match=r"^not exported, torch.onnx cannot express this network: [ -~]*$"):
-        test_model.export_onnx(Branching().eval(), tmp_path / "m.onnx")
+        export.export_onnx(Branching().eval(), tmp_path / "m.onnx")
     assert not any(tmp_path.iterdir())
