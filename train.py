@@ -319,7 +319,7 @@ def print_epoch(entry: dict[str, float]) -> None:
     print(f"Train Loss: {entry['train_loss']:.4f} | Accuracy: {entry['train_accuracy']:.2%}")
     if "val_accuracy" in entry:
         print(f"Validation Loss: {entry['val_loss']:.4f} | Accuracy: {entry['val_accuracy']:.2%}")
-    sys.stdout.flush()
+    print(end="", flush=True)
 
 
 def finish(run: Run, splits: dict[str, Split | None], out: Path, writer: Any) -> None:

@@ -199,7 +199,8 @@ def find_idx(data_dir: Path, name: str) -> Path:
     files = [path for depth in ("*", "*/*", "*/*/*") for path in sorted(data_dir.glob(depth))]
     files = [path for path in files if pattern.fullmatch(path.name) and path.is_file()]
     mnist = [path for path in files if path.parent == data_dir / "MNIST" / "raw"]
-    plain = {p.parent / re.sub(r"\.gz$", "", p.name.replace(".idx", "-idx")): p for p in reversed(mnist or files)}
+    files = mnist or [path for path in files if len(path.parts) == len(files[0].parts)]  # the nearest
+    plain = {p.parent / re.sub(r"\.gz$", "", p.name.replace(".idx", "-idx")): p for p in reversed(files)}
     if len(plain) > 1:
         raise UserError(f"--data-dir {data_dir} holds several data sets, such as {files[0]} and {files[-1]}; give one")
     if not plain:
@@ -487,8 +488,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if missing := {"model", "recipe", "history", "metrics", "data_crc"} - checkpoint.keys():
             raise ValueError(f"{', '.join(sorted(missing))} is missing")
     except OSError as error:
-        hint = "`python train.py` makes a checkpoint, and assets/mnist_cnn.pt is one"
-        raise UserError(f"cannot read {path}: {error.strerror or error}; {hint}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}; `python train.py` makes one") from error
     except Exception as error:  # a damaged file makes zipfile and torch.load raise nearly anything
         raise UserError(f"{path} is damaged or not a checkpoint of train.py ({one_line(error)})") from error
     return checkpoint

@@ -245,8 +245,8 @@ def plot_doubts(predictions: Predictions) -> Figure:
     figure, axis = chart((8, 8.4), f"Between the answers: {predictions.summary()}")
     axis.scatter(*points.t(), s=5, c=colors, linewidths=0, alpha=0.6, label="a digit, in the colour of its label")
     axis.scatter(
-        *points[mistakes].t(), s=min(34, 4000 / max(1, len(mistakes))) + 4, c=colors[mistakes], edgecolors="black",
-        linewidths=1, label="a misread digit",
+        *points[mistakes].t(), s=min(34, 4000 / max(1, len(mistakes))) + 4, c=colors[mistakes.numpy()],
+        edgecolors="black", linewidths=1, label="a misread digit",
     )  # fmt: skip
     for digit, (x, y) in enumerate(1.08 * places):
         disc = {"boxstyle": "circle,pad=0.3", "facecolor": COLORS(digit % COLORS.N), "linewidth": 0}
@@ -410,7 +410,7 @@ def draw_images(args: argparse.Namespace, model: Net) -> int:
         files, originals, digits = map(list, zip(*found))
         reports = photos.describe_all(model, files, digits)
         squares = [ImageOps.pad(original, (400, 400), color="white") for original in originals]
-        names = [str(path)[-30:].encode("utf-8", "replace").decode() for path in files]  # only UTF-8 can be drawn
+        names = [str(path)[-20:].encode("utf-8", "replace").decode() for path in files]  # only UTF-8 can be drawn
         save(plot_images(names, squares, digits, reports), args.out / "images.png")
     return 0 if len(found) == len(paths) else 1
 

@@ -217,7 +217,7 @@ def print_profile() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=utils.at_least(1), default=5, help="timings of each (default: %(default)s)")
+    parser.add_argument("--repeats", type=utils.positive, default=5, help="timings of each (default: %(default)s)")
     parser.add_argument("--profile", action="store_true", help="show where train.py's time goes instead")
     args = parser.parse_args()
     if args.profile:
