@@ -22,12 +22,12 @@ ADAPTIVE_POOLS = {"avg": nn.AdaptiveAvgPool2d, "max": nn.AdaptiveMaxPool2d}
 
 
 class Net(nn.Module):
-    """The specification's 4-block CNN for MNIST. Input float (N, 1, 28, 28), ink 1 on paper 0; output logits (N, 10).
+    """The specification's 4-block CNN for MNIST. Input float (N, 1, 28, 28), ink 1, paper 0; output logits (N, 10).
 
     Args:
         width: factor of every hidden layer's width, 1 to 32; 1 is the network of 16,966 parameters.
         activation: "silu" (Elfwing et al., 2018) or "relu".
-        adaptive_pool: "max" or "avg", to 3x3 whatever the size before.
+        adaptive_pool: "max" or "avg"; its output is 3x3.
         dropout: rates of the four blocks.
         fc_dropout: rate between the two linear layers.
 
@@ -68,7 +68,7 @@ class Net(nn.Module):
 class Block(nn.Module):
     """Convolution (with bias), batch normalisation, pooling, activation, dropout: (N, c_in, H, W) -> (N, c_out, h, w).
 
-    The convolution keeps the size, `pool` may change it. Pooling before the activation leaves a quarter of the work.
+    The convolution keeps the size, `pool` may change it. With pooling first, the activation is four times cheaper.
     For ReLU both orders are the same function, for SiLU they are not.
     """
 
@@ -87,7 +87,7 @@ class Block(nn.Module):
 def load_pretrained() -> Net:
     """The released network, `assets/mnist_cnn.pt`, in eval mode on the CPU.
 
-    Input: float (N, 1, 28, 28), ink 1 on paper 0, as `torchvision.transforms.ToTensor` makes it of an MNIST image.
+    Input: float (N, 1, 28, 28), ink 1, paper 0, as `torchvision.transforms.ToTensor` makes it of an MNIST image.
     The digit fits into 20 x 20 pixels, and its centre of mass is in the middle. Output: logits (N, 10).
     """
     path = Path(__file__).resolve().parent / "assets" / "mnist_cnn.pt"
@@ -116,8 +116,8 @@ def layer_table(model: nn.Module) -> list[Layer]:
     """Run one blank image through `model` and describe each layer in the order of execution.
 
     Receptive fields: r_out = r_in + (k - 1) * jump_in and jump_out = stride * jump_in (Araujo et al., "Computing
-    Receptive Fields of Convolutional Neural Networks", Distill 2019). They are None after a branch: where a layer's
-    input is not of the size of the output before it. Activations, dropout and Identity have no row.
+    Receptive Fields of Convolutional Neural Networks", Distill 2019). They are None where a
+    layer's input has another size than the output before it: after a branch. Activations and dropout have no row.
     """
     image = (1, IMAGE_SIZE, IMAGE_SIZE)
     rows = [Layer("Input", image, image, 1, 1, 1, (), 0)]

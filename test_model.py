@@ -93,12 +93,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--images", type=Path, nargs="+", metavar="PATH",
         help="instead of a split read these images, or folders of images, of a digit or a number each")  # fmt: skip
     add("--labels", action="store_true",
-        help="the folder of each of --images is named by the right answer, say 472: report the accuracy")  # fmt: skip
+        help="the name of each image's folder is the right answer, such as 472: report the accuracy")  # fmt: skip
     add("--export", type=Path, metavar="FILE",
         help="only write the network to FILE: as ONNX (.onnx), or as a page to draw digits on (.html)")  # fmt: skip
     args = parser.parse_args(argv)
     utils.refuse_unused(parser, args, "images", ("split", "data_dir", "tta"))
-    utils.refuse_unused(parser, args, "export", ("split", "data_dir", "tta", "images", "json"))
+    utils.refuse_unused(parser, args, "export", ("split", "data_dir", "device", "tta", "images", "json"))
     if args.labels and not args.images:
         raise UserError("--labels goes with --images")
     if args.export and args.export.suffix not in (".onnx", ".html"):

@@ -24,7 +24,7 @@ import utils
 from model import ACTIVATIONS, ADAPTIVE_POOLS, MAX_WIDTH, Net, count_parameters
 from utils import Augmentation, Loader, Split, UserError, positive
 
-CHECK_EVERY = 50  # steps between two looks at the loss; a GPU has to wait for each
+CHECK_EVERY = 50  # steps between two checks of the loss; a GPU has to wait for each
 STATISTICS_EVERY = 12  # one in 12 training images measures the batch statistics of the averaged network
 DISTILL_WEIGHT = 0.7  # of the teachers in the loss
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -52,17 +52,19 @@ class Recipe:
     momentum: float = setting(0.9, "Nesterov momentum", (0, 0.9999))
     weight_decay: float = setting(1e-4, "L2 penalty", (0, 1))
     ema_steps: float = setting(2500.0, "length of the weight average in steps; 1 disables it", (1, math.inf))
-    dropout: tuple = setting((0.1, 0.2, 0.3, 0.4), "first dropout rates of the blocks", (0, 0.95), type=float, nargs=4)
-    fc_dropout: float = setting(0.4, "first dropout rate between the linear layers", (0, 0.95))
+    dropout: tuple = setting(
+        (0.1, 0.2, 0.3, 0.4), "initial dropout rates of the blocks", (0, 0.95), type=float, nargs=4
+    )
+    fc_dropout: float = setting(0.4, "initial dropout rate between the linear layers", (0, 0.95))
     dropout_until: float = setting(0.1, "fraction of the run in which dropout falls to 0; 1: constant", (0, 1))
     rotation: float = setting(10.0, "augmentation: degrees, either way", (0, 180))
-    scale: float = setting(0.1, "augmentation: 0.1 is 0.9 to 1.1", (0, 0.9))
+    scale: float = setting(0.1, "augmentation: a factor; 0.1 is 0.9 to 1.1", (0, 0.9))
     translate: float = setting(0.05, "augmentation: fraction of the side, either way", (0, 1))
     shear: float = setting(10.0, "augmentation: degrees, either way", (0, 60))
     elastic: float = setting(0.35, "augmentation: standard deviation of elastic distortion, in pixels", (0, 10))
     hard_fraction: float = setting(0.5, "share of hard images after the first epoch; 0: show all equally often", (0, 1))
     variants: bool = setting(False, "draw a slash, flag, bar or tail on some 0, 1, 7 and 9", action="store_true")
-    width: int = setting(1, "factor of all hidden layers' widths; wide networks are teachers", (1, MAX_WIDTH))
+    width: int = setting(1, "factor of all hidden layers' widths; wider ones make teachers", (1, MAX_WIDTH))
     activation: str = setting("silu", "activation of the blocks and the first linear layer", choices=tuple(ACTIVATIONS))
     adaptive_pool: str = setting("max", "pooling after the blocks", choices=tuple(ADAPTIVE_POOLS))
     teacher: tuple = setting((), "distillation: checkpoints, or folders of runs, to learn from", nargs="+", type=str)
@@ -85,7 +87,8 @@ class Recipe:
                 kinds = int if type(f.default) is int else (int, float)
                 if len(numbers) != count or not all(isinstance(n, kinds) and low <= n <= high for n in numbers):
                     what = f"{count} numbers" if count > 1 else "a whole number" if kinds is int else "a number"
-                    raise UserError(f"{flag(f.name)} {format_value(value)}: give {what} from {low} to {high}")
+                    span = f"from {low} to {high}" if high < math.inf else f"of {low} or more"
+                    raise UserError(f"{flag(f.name)} {format_value(value)}: give {what} {span}")
         if self.folds == 1 or self.fold > self.folds:
             raise UserError(f"--folds {self.folds} --fold {self.fold}: give 2 folds or more, and one of them")
         if self.folds and self.val_size:
@@ -177,7 +180,7 @@ def dropout_factor(progress: float, until: float) -> float:
 
     Early dropout, after Liu et al., "Dropout Reduces Underfitting" (ICML 2023). With an `until` of 1 it stays 1.
     """
-    if until in (0, 1):
+    if until in (0, 1):  # no dropout, or constant dropout
         return until
     return max(0.0, 1 - progress / until)
 
@@ -287,19 +290,19 @@ def announce(run: Run, device: torch.device, out: Path) -> None:
             print(f"Replaces {path}, which is not a checkpoint of train.py")
             continue
         if old and path.name == "model.pt":
-            accuracy = "".join(f", {value:.2%}" for name, value in old["metrics"].items() if name == "test_accuracy")
+            accuracy = f", {old['metrics']['test_accuracy']:.2%}" if "test_accuracy" in old["metrics"] else ""
             print(f"Replaces {path} (seed {old['recipe']['seed']}, {len(old['history'])} epochs{accuracy})")
         elif old and len(old["history"]) < old["recipe"]["epochs"]:
             print(f"Replaces an unfinished run after epoch {len(old['history'])}; to go on with it, add --resume")
-    hard = ", from epoch 2 on mostly hard ones" * (run.recipe.hard_fraction > 0)
-    print(f"Train loss and accuracy are of augmented images{hard}; other images are read better", flush=True)
+    hard = f", from epoch 2 on {run.recipe.hard_fraction:.0%} of them hard" * (run.recipe.hard_fraction > 0)
+    print(f"Train loss and accuracy are of augmented images{hard}; on plain images both are better", flush=True)
 
 
 def end_epoch(run: Run, entry: dict[str, float], val_split: Split | None, out: Path, writer: Any) -> None:
     """Measure the averaged network, add `entry` to the history, write last.pt and print the log."""
     for ours, theirs in zip(run.average.buffers(), run.model.buffers()):
-        ours.copy_(theirs)
-    # Batch statistics are measured anew, on plain images: those of augmented images, which are blurred, differ.
+        ours.copy_(theirs)  # such as those of other norms
+    # Batch statistics are measured on plain images: augmented images are blurred, and have others.
     plain = run.loader.split.images[::STATISTICS_EVERY]
     update_bn((images / 255 for images in plain.tensor_split(math.ceil(len(plain) / 500))), run.average)
     if val_split is not None:
@@ -397,13 +400,13 @@ def stored_recipe(path: Path) -> Recipe:
 
 def check_same(recipe: Recipe, path: Path, settings: dict[str, Any]) -> None:
     """UserError if some of `settings` differ from `recipe`, which `path` holds."""
-    others = [name for name, value in settings.items() if value != getattr(recipe, name)]
+    others = {name: getattr(recipe, name) for name, value in settings.items() if value != getattr(recipe, name)}
     if others:
-        given = " ".join(f"{flag(name)} {format_value(getattr(recipe, name))}" for name in others)
-        raise UserError(
-            f"{path} was made with {given}, and its schedule fits no other value; "
-            "leave it out to resume, or train anew into another --out"
+        given = " ".join(
+            f"{flag(name)} {format_value(value)}" if value else f"no {flag(name)}" for name, value in others.items()
         )
+        raise UserError(f"{path} was made with {given}: --resume cannot change that, nor the schedule that was made "
+                        "for it; leave the flag out, or train anew into another --out")  # fmt: skip
 
 
 # --- TensorBoard ------------------------------------------------------------------------------------------------------
@@ -516,7 +519,7 @@ def launch(args: argparse.Namespace) -> int:
     last = args.out / "last.pt"
     resumed = last if args.resume and last.exists() and not several else None
     if args.resume and not (several or resumed) and any(args.out.glob("*/last.pt")):
-        raise UserError(f"{args.out} holds several runs: to resume them, repeat their --runs or --folds")
+        raise UserError(f"{args.out} holds several runs: give one of its folders as --out, or repeat --runs or --folds")
     recipe = stored_recipe(last) if resumed else Recipe(**args.overrides)
     if resumed:
         check_same(recipe, last, args.overrides)
@@ -533,6 +536,8 @@ def main(argv: list[str] | None = None) -> int:
         return launch(args)
     args.overrides["epochs"] = min(2, args.overrides.get("epochs", 2))
     args.runs = 1
+    if args.overrides.get("folds"):
+        args.overrides.setdefault("fold", 1)
     with tempfile.TemporaryDirectory() as folder:
         args.out = Path(folder) / "out"
         args.tensorboard = args.tensorboard and Path(folder) / "runs"

@@ -241,7 +241,7 @@ def make_splits(everything: Split, train_size: int, val_size: int, folds: int, f
     held_out = by_class[fold - 1 :: folds] if folds else pick_evenly(by_class, val_size)
     rest = by_class[~torch.isin(by_class, held_out)]
     if not train_size <= len(rest) or max(10 * folds, val_size) >= count:
-        raise UserError(f"--train-size, --val-size or --folds leave too few of {count:,} images")
+        raise UserError(f"--train-size, --val-size or --folds ask for too many of {count:,} images")
     rest = pick_evenly(rest, train_size or len(rest))
     rest, held_out = (everything.select(index.sort().values.to(everything.labels.device)) for index in (rest, held_out))
     return rest, held_out if len(held_out.labels) else None
@@ -255,7 +255,7 @@ def pick_evenly(index: Tensor, size: int) -> Tensor:
 def load_split(name: str, data_dir: Path, checkpoint: dict[str, Any], device: torch.device) -> Split:
     """The "test", "val" or "train" images of the training that wrote `checkpoint`, not augmented.
 
-    UserError if it held out none. Other training images in `data_dir` are an error, for "test" a warning.
+    UserError if the training held out none. Different images in `data_dir` are an error, for "test" a warning.
     """
     if name != "test" or any(data_dir.rglob("*train-images*")):
         everything = load_mnist(data_dir, train=True, device=device)
@@ -279,8 +279,8 @@ class Loader:
     """Shuffled, augmented batches of `split`: images float (B, 1, 28, 28), labels (B,), index (B,) in the split.
 
     The first epoch shows each image once. After it most images have a loss near zero and teach little. So each later
-    epoch is three passes over a third of the images. `hard_fraction` of a pass are the images with the largest losses,
-    the others are drawn at random (after Jiang et al., "Accelerating Deep Learning by Focusing on the Biggest Losers",
+    epoch has three passes, each over a third of the images: a `hard_fraction` of it has the largest losses, the rest is
+    drawn at random (after Jiang et al., "Accelerating Deep Learning by Focusing on the Biggest Losers",
     2019). The training loop keeps the last loss of each image in `losses` (N,). With a `hard_fraction` of 0 every epoch
     shows each image once. `replacements` are images uint8 (N, 1, 28, 28), and the probability (N,) of each to be shown
     instead of the one in `split`. An epoch depends on the arguments, its number and `losses`, and on nothing else.
@@ -294,7 +294,7 @@ class Loader:
         self.seed, self.epoch, self.hard_fraction = seed, 0, hard_fraction  # set `epoch` before each epoch
         self.losses = torch.zeros(len(split.labels), device=split.labels.device)
         self.sizes = list(map(len, split.labels.split(batch_size)))
-        if self.sizes[-1] == 1 < len(self.sizes):  # one image has no variance to normalise by
+        if self.sizes[-1] == 1 < len(self.sizes):  # nn.BatchNorm1d cannot train on one image
             self.sizes[-2:] = [batch_size + 1]
         together = max(1, CHUNK // batch_size)
         self.chunks = [self.sizes[i : i + together] for i in range(0, len(self.sizes), together)]
@@ -327,7 +327,7 @@ class Loader:
 
 
 def augment(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """Change training images at random, each in its own way: float (N, 1, 28, 28), ink 1 on paper 0, to the same.
+    """Change training images at random, each in its own way: float (N, 1, 28, 28), ink 1, paper 0, to the same.
 
     Add your own here. N is about 1,000, and torchvision's transforms draw one random number for all N. So draw N
     numbers from `generator`, as `torch.rand(len(images), generator=generator)` does.
@@ -416,7 +416,7 @@ def predict(model: nn.Module, images: Tensor, tta: bool = False) -> Tensor:
     """Logits float (N, 10) for uint8 images (N, 1, 28, 28), both on one device. Puts `model` into eval mode.
 
     With `tta` (test-time augmentation) it looks nine times at each digit that it reads with less than SURE: at its
-    place, and moved by a pixel along x, y or both. The probabilities of the nine looks are averaged.
+    place, and moved by a pixel along x, y or both. The probabilities of the nine looks are added.
     """
     model.eval()
     logits = torch.cat([model(batch / 255) for batch in images.split(500)])

@@ -33,8 +33,10 @@ from utils import SPLITS, Split, UserError, positive
 
 EXPLAINED = 8  # mistakes in explain.png
 MAPS_SHOWN, MAPS_IN_ROW = 24, 12  # maps of a block in filters.png; wider networks have more
-AROUND = [0, 6, 8, 5, 3, 2, 7, 1, 4, 9] if CLASSES == 10 else [*range(CLASSES)]  # digits often confused are neighbours
-SOFTNESS = 4  # temperature of doubts.png: at 1, nearly all digits would lie in the corners
+CIRCLE_ORDER = (
+    [0, 6, 8, 5, 3, 2, 7, 1, 4, 9] if CLASSES == 10 else [*range(CLASSES)]
+)  # digits often confused are neighbours
+TEMPERATURE = 4  # of doubts.png: at 1, nearly all digits would lie in the corners
 INK, ACCENT, SECOND, MUTED = "0.15", "#d55e00", "#0072b2", "0.45"
 STYLE = {
     "font.size": 9, "axes.titlesize": 8.5, "axes.titlepad": 4, "figure.titlesize": 11, "figure.titleweight": "bold",
@@ -125,7 +127,7 @@ def plot_confusion(predictions: Predictions) -> Figure:
 
 
 def plot_history(history: list[dict[str, Any]], metrics: dict[str, float]) -> Figure:
-    """Learning rate by step, loss and error by epoch; at the last epoch those of the test set, if it was measured."""
+    """Learning rate, loss and error; at the last epoch those of the test set, if it was measured."""
     last, count = {**history[-1], **metrics}, len(history)
     part = next(part for part in ("test", "val", "train") if f"{part}_loss" in last)
     figure, axes = chart(
@@ -138,7 +140,7 @@ def plot_history(history: list[dict[str, Any]], metrics: dict[str, float]) -> Fi
     steps = [np.linspace(epoch, epoch + 1, len(rates[epoch])) for epoch in range(count)]
     axes[0].plot(np.concatenate(steps), np.concatenate(rates), color=INK, linewidth=1.2)
     axes[0].set_ylim(bottom=0)
-    curves = {"training: augmented, mostly hard images": ("train", history, "o-", INK)}
+    curves = {"training: augmented images": ("train", history, "o-", INK)}
     if "val_loss" in last:
         curves["validation"] = ("val", history, "s--", ACCENT)
     if "test_loss" in metrics:
@@ -232,15 +234,12 @@ def plot_filters(model: Net, predictions: Predictions) -> Figure:
 
 
 def plot_doubts(predictions: Predictions) -> Figure:
-    """Every digit between the ten answers: the mean of the answers' places on a circle, weighted by its probabilities.
-
-    The probabilities are softened (their logarithms divided by SOFTNESS), or nearly all points would lie in a corner.
-    """
+    """Every digit at the mean of the ten answers' places on a circle, weighted by its probabilities, softened."""
     labels, mistakes = predictions.split.labels, predictions.mistakes()
     angle = torch.empty(CLASSES)
-    angle[AROUND] = torch.arange(CLASSES) * 2 * math.pi / CLASSES
+    angle[CIRCLE_ORDER] = torch.arange(CLASSES) * 2 * math.pi / CLASSES
     places = torch.stack([angle.sin(), angle.cos()], 1)
-    points = predictions.probabilities.log().clamp(min=-100).div(SOFTNESS).softmax(1) @ places
+    points = predictions.probabilities.log().clamp(min=-100).div(TEMPERATURE).softmax(1) @ places
     colors = COLORS(labels.numpy() % COLORS.N)
     figure, axis = chart((8, 8.4), f"Between the answers: {predictions.summary()}")
     axis.scatter(*points.t(), s=5, c=colors, linewidths=0, alpha=0.6, label="a digit, in the colour of its label")
@@ -252,7 +251,7 @@ def plot_doubts(predictions: Predictions) -> Figure:
         disc = {"boxstyle": "circle,pad=0.3", "facecolor": COLORS(digit % COLORS.N), "linewidth": 0}
         axis.text(float(x), float(y), str(digit), ha="center", va="center", weight="bold", color="white", bbox=disc)
     axis.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal", xticks=[], yticks=[])
-    axis.set_xlabel("near a corner: sure; between two corners: in doubt between their digits")
+    axis.set_xlabel("near a number: sure; between two numbers: in doubt between them")
     axis.spines[:].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2)
     return figure

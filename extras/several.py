@@ -1,4 +1,4 @@
-"""Several trainings: side by side, no two into one folder, and their statistics."""
+"""Several trainings side by side, a lock on their folders, and statistics."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import utils
 from utils import UserError, say
 
 TITLES = {
-    "val_accuracy": "Validation Accuracy", "val_tta_accuracy": "Validation, nine looks",
-    "test_accuracy": "Test Accuracy", "test_tta_accuracy": "Test, nine looks",
+    "val_accuracy": "Validation, one look", "val_tta_accuracy": "Validation, nine looks",
+    "test_accuracy": "Test, one look", "test_tta_accuracy": "Test, nine looks",
 }  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def available_cores() -> int:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` until the end; UserError if another training holds it. Windows has no such locks."""
+    """Lock `folder` until the end; UserError if another training has locked it. Windows has no such locks."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -114,7 +114,7 @@ def summarize(out: Path, folders: list[Path], data_dir: Path, device: torch.devi
         for name, tta in (("test_accuracy", False), ("test_tta_accuracy", True)):
             mean = torch.stack([utils.predict(model, split.images, tta).softmax(1) for model in models]).mean(0)
             results[f"ensemble_{name}"] = accuracy = utils.measure(mean.log(), split.labels)["accuracy"]
-            print(f"{TITLES[name]} of the networks' mean probabilities: {accuracy:.2%}")
+            print(f"{TITLES[name]}, ensemble of the {len(runs)} networks: {accuracy:.2%}")
     utils.write_json(out / "runs.json", results)
 
 

@@ -1,5 +1,5 @@
-"""Seven eighths of the training time on a CPU. Of 3x3 patches with mean m and covariance C, a filter w makes outputs of
-mean w.m + bias and variance w.C.w. So block 1 scales its filters instead of normalising its large output."""
+"""Training on a CPU takes an eighth less time. If 3x3 patches have mean m and covariance C, the outputs of a filter w
+have mean w.m + bias and variance w.C.w. So block 1 scales its filters instead of normalising its large output."""
 
 import copy
 from types import MethodType

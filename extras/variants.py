@@ -1,4 +1,4 @@
-"""National variants: a slash through zeros, a flag on ones, a bar through sevens, a tail under nines.
+"""National variants: a slash through zeros, a flag and rarely a base on ones, a bar through sevens, a tail under nines.
 
 MNIST's writers were Americans, who hardly ever draw them. A point is a complex number x + iy in pixels, y downwards.
 """
@@ -31,8 +31,8 @@ def draw_variants(split: Split, seed: int) -> tuple[Tensor, Tensor]:
             ink = F.pad(split.images[index, 0].cpu() / 255, [ROOM] * 4)
             drawn = center_by_mass(draw_variant(ink, digit, generator))
             variants[index, 0] = (255 * drawn).round().byte().to(variants.device)
-            has_room = is_open(ink).float() if digit == 0 else torch.ones(len(index))
-            probability[index] = of_digit * has_room.to(probability.device)
+            allowed = is_open(ink).float() if digit == 0 else torch.ones(len(index))
+            probability[index] = of_digit * allowed.to(probability.device)
     return variants, probability
 
 
@@ -49,7 +49,7 @@ def draw_variant(ink: Tensor, digit: int, generator: torch.Generator) -> Tensor:
     inked_rows = (ink > 0.5).any(2).int()
     top = inked_rows.argmax(1)
     height = side - 1 - inked_rows.flip(1).argmax(1) - top
-    middles = (ink + 1e-6) @ torch.arange(float(side)) / (ink + 1e-6).sum(2)  # without ink: of the row
+    middles = (ink + 1e-6) @ torch.arange(float(side)) / (ink + 1e-6).sum(2)  # of a blank row: its middle
 
     def at(part: Tensor | float) -> Tensor:
         """The middle of the ink at `part` of the digit's height, 0 (top) to 1 (bottom)."""

@@ -178,8 +178,8 @@ OUT_OF_RANGE = {
     "--epochs 0": "--epochs 0", "--lr nan": "--lr nan", "--lr 0.2": "above --peak-lr", "--width 33": "from 1 to 32",
     "--dropout 0.1 0.2 0.3 0.96": "--dropout 0.1 0.2 0.3 0.96", "--hard-fraction 1.1": "from 0 to 1",
     "--folds 1": "2 folds", "--folds 3 --fold 4": "--fold 4", "--folds 3 --val-size 5": "--val-size",
-    "--val-size 4000": "too few of 4,000", "--folds 400 --fold 1": "too few of 4,000",
-    "--val-size 400 --train-size 3601": "too few of 4,000", "--teacher nowhere.pt": "nowhere.pt",
+    "--val-size 4000": "too many of 4,000", "--folds 400 --fold 1": "too many of 4,000",
+    "--val-size 400 --train-size 3601": "too many of 4,000", "--teacher nowhere.pt": "nowhere.pt",
     "--runs 2 --folds 2": "--folds",
 }  # fmt: skip
 
@@ -230,7 +230,7 @@ def test_resume_keeps_the_recipe(call, refuse, trained: Path, tmp_path: Path) ->
     shutil.copytree(trained, tmp_path / "out")
     (tmp_path / "out" / "model.pt").unlink()
     for flags in (("--epochs", 4), ("--dropout", 0, 0, 0, 0), ("--teacher", RELEASED), ("--seed", 1)):
-        refuse("train.py", "--resume", *flags, "--out", tmp_path / "out", words=[flags[0], "fits no other value"])
+        refuse("train.py", "--resume", *flags, "--out", tmp_path / "out", words=[flags[0], "cannot change that"])
     out, _ = call("train.py", "--resume", "--epochs", 3, "--val-size", 400, "--out", tmp_path / "out")
     assert f"{tmp_path / 'out'} is finished" in out and "Final Test Accuracy" in out
     assert_same_bits(trained / "model.pt", tmp_path / "out" / "model.pt")
@@ -254,9 +254,9 @@ def test_resume_with_another_optimiser_or_schedule_is_refused(refuse, trained: P
 def test_dry_run_keeps_nothing(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several runs it tries one."""
     monkeypatch.chdir(tmp_path)
-    for flags in (("--val-size", 100), ("--runs", 2)):
+    for flags in (("--val-size", 100), ("--runs", 2), ("--folds", 2)):
         out, _ = call("train.py", "--dry-run", *flags)
-        assert out.count("Final Test Accuracy") == 1
+        assert out.count(f"Final {'Validation' if '--folds' in flags else 'Test'} Accuracy") == 1
         assert "accuracy means nothing" in out.splitlines()[-1] and not any(tmp_path.iterdir())
 
 
@@ -322,7 +322,7 @@ def test_runs_are_those_of_single_commands_and_are_reported(call, tiny: Path, tm
         mean = sum(utils.predict(model, test.images, tta).softmax(1) for model in models)
         accuracy = (mean.argmax(1) == test.labels).double().mean().item()
         assert report[f"ensemble_{name}"] == pytest.approx(accuracy)
-        assert line.endswith(f" of the networks' mean probabilities: {accuracy:.2%}")
+        assert line.endswith(f" networks: {accuracy:.2%}")
 
 
 def test_folds_fail_by_name_and_resume_with_the_rest(call, tiny: Path, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_training_curves(epochs: int, validated: bool, tested: bool) -> None:
             values = [entry[f"{part}_{name}"] for entry in entries]
             return [[e["epoch"], v if name == "loss" else 100 * (1 - v)] for e, v in zip(entries, values)]
 
-        expected = {"training: augmented, mostly hard images": points("train", history)}
+        expected = {"training: augmented images": points("train", history)}
         if validated:
             expected["validation"] = points("val", history)
         if tested:
@@ -254,7 +254,7 @@ def test_doubts_lie_between_the_answers(predictions: Predictions) -> None:
     assert sorted(places) == list("0123456789")
     corners = np.array([places[str(digit)] for digit in range(10)])
     corners /= np.linalg.norm(corners, axis=1, keepdims=True)
-    weights = predictions.probabilities.double().numpy() ** (1 / viz.SOFTNESS)
+    weights = predictions.probabilities.double().numpy() ** (1 / viz.TEMPERATURE)
     np.testing.assert_allclose(everything, weights / weights.sum(1, keepdims=True) @ corners, atol=1e-4)
     assert np.array_equal(everything[predictions.mistakes().numpy()], mistakes)
 
