@@ -346,7 +346,7 @@ def test_forgotten_flags_of_several_runs_are_refused_before_training(
     call("train.py", *flags, "--out", tmp_path / "seed-0")
     several = ("--runs", 2, "--resume", "--data-dir", tiny, "--out", tmp_path)
     refuse("train.py", *several, words=[tmp_path / "seed-0", "made with --epochs 1 --peak-lr 0.1"])
-    refuse("train.py", *several, "--epochs", 1, words=["made with --peak-lr 0.1, and"])
+    refuse("train.py", *several, "--epochs", 1, words=["made with --peak-lr 0.1:"])
     refuse("train.py", "--resume", "--out", tmp_path, words=[tmp_path, "several runs", "--runs"])
     assert not (tmp_path / "seed-1").exists() and not (tmp_path / "last.pt").exists()
     monkeypatch.setattr(runs, "run_side_by_side", lambda commands, *_: [folder.name for folder in commands])
