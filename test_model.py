@@ -98,7 +98,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="only write the network to FILE: as ONNX (.onnx), or as a page to draw digits on (.html)")  # fmt: skip
     args = parser.parse_args(argv)
     utils.refuse_unused(parser, args, "images", ("split", "data_dir", "tta"))
-    utils.refuse_unused(parser, args, "export", ("split", "data_dir", "device", "tta", "images", "json"))
+    utils.refuse_unused(parser, args, "export", ("split", "data_dir", "tta", "images", "json"))
     if args.labels and not args.images:
         raise UserError("--labels goes with --images")
     if args.export and args.export.suffix not in (".onnx", ".html"):
