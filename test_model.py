@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,32 @@ def print_report(path: Path, results: dict[str, Any]) -> None:
         print(f"{digit:3d}" + "".join(f"{count or '.':>6}" for count in row))
 
 
+def read_images(model: Net, files: Sequence[Path], labels: bool = False) -> dict[str, Any]:
+    """Everything that is reported of the `files` that can be read, ready for JSON; shares are from 0 to 1.
+
+    With `labels` the name of an image's folder is the right answer, and the accuracy is reported too.
+    """
+    from extras import photos
+
+    images = [report for _, _, report in photos.read_files(model, files)]
+    results: dict[str, Any] = {"images": images}
+    if labels and images:
+        for image in images:
+            image["label"] = Path(image["path"]).absolute().parent.name
+        right = sum(image["number"] == image["label"] for image in images)
+        results.update(accuracy=right / len(images), right=right, labelled=len(images))
+    return results
+
+
+def print_images(results: dict[str, Any]) -> None:
+    """Print what `read_images` returned: a line for each image, and the accuracy if they have labels."""
+    for image in results["images"]:
+        doubt = f"\tor perhaps {image['second_guess']}" if "second_guess" in image else ""
+        print(f"{image['path']}\t{image['number']}\t{image['confidence']:.4f}{doubt}")
+    if "accuracy" in results:
+        print(f"Accuracy: {results['accuracy']:.2%} ({results['right']} of {results['labelled']})")
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line; UserError for flags that do not go together."""
     parser = argparse.ArgumentParser(
@@ -121,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         from extras import photos
 
         files = photos.find_images(args.images)
-        results = photos.read_images(model, files, args.labels)
+        results = read_images(model, files, args.labels)
         status = int(len(results["images"]) < len(files))  # 1 if some cannot be read
     else:
         split = utils.load_split(args.split, args.data_dir, checkpoint, device)
@@ -129,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json == "-":
         print(json.dumps(results, indent=2))
     elif args.images:
-        photos.print_images(results)
+        print_images(results)
     else:
         print_report(args.checkpoint, results)
     if args.json not in (None, "-"):

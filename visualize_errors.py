@@ -257,16 +257,17 @@ def plot_doubts(predictions: Predictions) -> Figure:
     return figure
 
 
-def plot_images(names: list[str], originals: list[Image], digits: list[Tensor], reports: list[dict]) -> Figure:
+def plot_images(originals: list[Image], digits: list[Tensor], reports: list[dict]) -> Figure:
     """Each image, its digits uint8 (N, 28, 28), and the least sure one's probabilities, from `photos.describe`."""
-    across = min(2, len(names))
+    across = min(2, len(reports))
     figure, axes = sheet(
         "What the network reads in your images",
         "The image, its 28x28 digits, and the probabilities of the least sure one",
-        rows=math.ceil(len(names) / across), columns=3 * across, panel=1.3, gap=(0.25, 0.55),
+        rows=math.ceil(len(reports) / across), columns=3 * across, panel=1.3, gap=(0.25, 0.55),
     )  # fmt: skip
     panels = axes.reshape(-1, 3)
-    for (left, middle, right), name, original, shown, report in zip(panels, names, originals, digits, reports):
+    for (left, middle, right), original, shown, report in zip(panels, originals, digits, reports):
+        name = report["path"][-20:].encode("utf-8", "replace").decode()  # only UTF-8 can be drawn
         show_image(left, original)
         left.set_title(name, loc="left", color=MUTED, parse_math=False)
         show_image(middle, torch.cat(list(shown), 1))
@@ -279,7 +280,7 @@ def plot_images(names: list[str], originals: list[Image], digits: list[Tensor], 
         right.bar(range(CLASSES), least["probabilities"], color=colors)
         right.set(xticks=range(CLASSES), yticks=[], ylim=(0, 1))
         right.tick_params(length=0, labelsize=8)
-        place = f"digit {report['digits'].index(least) + 1} of {len(number)}" if len(number) > 1 else ""
+        place = f"digit {report['digits'].index(least) + 1} of {len(shown)}" if len(shown) > 1 else ""
         right.set_title(f"{place}  {least['confidence']:.1%}".strip(), loc="right", color=MUTED)
     return figure
 
@@ -404,13 +405,11 @@ def draw_images(args: argparse.Namespace, model: Net) -> int:
     if len(paths) > args.max:
         print(f"Showing the first {args.max} of {len(paths):,} images; --max N shows more")
         paths = paths[: args.max]
-    found = list(photos.read_numbers(paths))
+    found = list(photos.read_files(model, paths))
     if found:
-        files, originals, digits = map(list, zip(*found))
-        reports = photos.describe_all(model, files, digits)
+        originals, digits, reports = map(list, zip(*found))
         squares = [ImageOps.pad(original, (400, 400), color="white") for original in originals]
-        names = [str(path)[-20:].encode("utf-8", "replace").decode() for path in files]  # only UTF-8 can be drawn
-        save(plot_images(names, squares, digits, reports), args.out / "images.png")
+        save(plot_images(squares, digits, reports), args.out / "images.png")
     return 0 if len(found) == len(paths) else 1
 
 

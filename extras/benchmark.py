@@ -11,7 +11,6 @@ import argparse
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -31,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import train
 import utils
-from extras import photos, several
+from extras import several
 from model import Net
 
 CPU = torch.device("cpu")
@@ -134,32 +133,6 @@ def evaluation() -> Work:
     return partial(utils.predict, model, test_split.images), len(test_split.labels)
 
 
-def own_images() -> Work:
-    """Reading 60 photos of 1200 x 900 pixels from files: test digits in dark ink on light paper."""
-    folder, model = tempfile.TemporaryDirectory(), utils.to_device(Net(), CPU).eval()
-    for index, digit in enumerate(utils.load_mnist(ROOT / "data", train=False, device=CPU).images[:60, 0].numpy()):
-        photo, ink = Image.new("L", (1200, 900), 220), Image.fromarray(digit).resize((560, 560))
-        photo.paste(50, (320, 170), mask=ink)
-        photo.save(Path(folder.name, f"{index}.jpg"))
-
-    def read(count: int) -> None:
-        digits = [photos.read_number(Path(folder.name, f"{index}.jpg"))[1] for index in range(count)]
-        photos.classify(model, torch.cat(digits))
-
-    read(5)
-    return partial(read, 60), 60
-
-
-def first_step() -> Work:
-    """`python train.py` until the end of its first step, counted as one image."""
-    script = """if True:
-        import sys, train, utils
-        train.update_average = lambda *_: sys.exit()
-        utils.run_script(train.main)"""
-    command = [sys.executable, "-c", script, "--device", "cpu", "--dry-run"]  # so that nothing is written
-    return partial(subprocess.run, command, cwd=ROOT, check=True), 1
-
-
 PLAIN = Contender(f"plain way: 2 workers, {THREADS} threads", partial(plain_way, 2), THREADS)
 PLAIN_AT_ITS_FASTEST = Contender("plain way: 1 worker, 1 thread", partial(plain_way, 1))
 TRAINING = [
@@ -169,7 +142,7 @@ TRAINING = [
     Contender("train.py --threads 2", train_py, threads=2),
     Contender("train.py --runs 2", train_py, processes=2),
 ]
-EVALUATION, OWN_IMAGES, FIRST_STEP = (Contender(work.__name__, work) for work in (evaluation, own_images, first_step))
+EVALUATION = Contender("evaluation", evaluation)
 
 
 SPIN = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with its parent
@@ -207,24 +180,12 @@ def print_table(rates: dict[Contender, float]) -> None:
         print(f"| {row.name} | {rate:,.0f} | {ratios} | {busy:,.0f} | {busy / rates[PLAIN._replace(busy=True)]:.2f} |")
 
 
-def print_profile() -> None:
-    """The 14 operations of train.py that take the most time on one thread."""
-    work, _ = train_py()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        work()
-    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=40))
-
-
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=utils.positive, default=5, help="timings of each (default: %(default)s)")
-    parser.add_argument("--profile", action="store_true", help="show where train.py's time goes instead")
     args = parser.parse_args()
-    if args.profile:
-        print_profile()
-        return 0
 
-    contenders = [*TRAINING, EVALUATION, OWN_IMAGES, FIRST_STEP, *(row._replace(busy=True) for row in TRAINING)]
+    contenders = [*TRAINING, EVALUATION, *(row._replace(busy=True) for row in TRAINING)]
     timings: dict[Contender, list[float]] = {contender: [] for contender in contenders}
     for repeat in range(args.repeats):
         for contender, rates in timings.items():
@@ -237,9 +198,6 @@ def main() -> int:
     print(f"Medians of {args.repeats}\n")
     print_table(medians)
     print(f"\nEvaluation of 10,000 images: {10_000 / medians[EVALUATION]:.2f} s")
-    print(f"Own images: {medians[OWN_IMAGES]:.0f} a second")
-    print(f"From `python train.py` to the end of the first step: {1 / medians[FIRST_STEP]:.1f} s")
-    return 0
 
 
 if __name__ == "__main__":

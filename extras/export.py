@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import utils
+from extras import photos
 from model import ACTIVATIONS, ADAPTIVE_POOLS, CLASSES, IMAGE_SIZE, Net, kernel_and_stride
 from utils import UserError
 
@@ -80,10 +81,13 @@ def export_page(model: Net, path: Path) -> str:
     Raises UserError if the page has no such layers. The page itself refuses a network whose logits it cannot repeat.
     """
     page = PAGE.read_bytes().decode()
-    before, old, after = re.split(r'(?<=<script id="network" type="application/json">)(.*)(?=</script>)', page)
-    network = page_network(model, page, json.loads(old)["digit"])
+    digit = re.search('"digit": "(.*?)"', page)[1]
+    constants = {name: value for name, value in vars(photos).items() if isinstance(value, (int, float))}
+    parts = {"network": page_network(model, page, digit), "constants": {**constants, "SURE": utils.SURE}}
+    for name, part in parts.items():
+        page = re.sub(f'(?<=<script id="{name}" type="application/json">).*', json.dumps(part) + "</script>", page)
     with utils.atomic_write(path) as temporary:
-        temporary.write_bytes((before + json.dumps(network) + after).encode())
+        temporary.write_bytes(page.encode())
     return "open it in a browser"
 
 

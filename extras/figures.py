@@ -1,6 +1,6 @@
-"""Two figures of README: `python extras/figures.py variants` and `python extras/figures.py accuracy`.
+"""Figures of README: `python extras/figures.py variants`, `... accuracy`, and the table of `... photos DIR`.
 
-`accuracy` says how long it will train, trains into checkpoints/accuracy, and uses what is already there.
+`accuracy` trains for hours, into checkpoints/accuracy, and uses what is already there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from matplotlib.ticker import FixedLocator, NullLocator
+from torch import Tensor
 from torchvision import transforms
 from tqdm import tqdm
 
@@ -28,8 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import utils
-from extras import benchmark, several
+from extras import benchmark, photos, several
 from extras.variants import PROBABILITY, draw_variants
+from model import load_pretrained
 from visualize_errors import ACCENT, INK, MUTED, SECOND, STYLE, chart, save, sheet, show_image
 
 CPU = torch.device("cpu")
@@ -106,7 +107,7 @@ def train_py(epochs: int) -> list[tuple[float, float, float]]:
 
 def train_the_plain_way(way: PlainWay, seed: int) -> tuple[float, float]:
     """(seconds of training, test accuracy) of the last weights of `way`."""
-    path = plain_file(way, seed)
+    path = RUNS / f"{way.network.__name__}-from-{way.rates[0]:g}-seed-{seed}.json"
     if not path.exists():
         torch.manual_seed(seed)
         loader, model = benchmark.plain_loader(0, way.augment), way.network()
@@ -123,36 +124,14 @@ def train_the_plain_way(way: PlainWay, seed: int) -> tuple[float, float]:
     return tuple(json.loads(path.read_text()))
 
 
-def plain_file(way: PlainWay, seed: int) -> Path:
-    """The file of the result of `way`."""
-    return RUNS / f"{way.network.__name__}-from-{way.rates[0]:g}-seed-{seed}.json"
-
-
-def announce() -> None:
-    """Print how long the missing trainings take here, estimated from a few steps of each way."""
-    work, images = benchmark.train_py()
-    began = time.perf_counter()
-    work()
-    missing = sum(n * (not (RUNS / f"epochs-{n}/seed-{k}/model.pt").exists()) for n in EPOCHS for k in range(SEEDS))
-    seconds = missing * 60_000 / images * (time.perf_counter() - began) / several.available_cores()
-    for way in PLAIN_WAYS:
-        model, batches = way.network(), islice(benchmark.plain_loader(0, way.augment), 20)
-        optimizer, began = way.optimizer(model), time.perf_counter()
-        benchmark.plain_epoch(model, optimizer, batches)
-        missing = way.rates.size * sum(not plain_file(way, seed).exists() for seed in range(PLAIN_SEEDS))
-        seconds += missing * 60_000 / (20 * 64) * (time.perf_counter() - began)
-    print(f"About {seconds / 3600:.1f} hours of training", flush=True)
-
-
 def plot_accuracy(path: Path) -> None:
     """Mean test accuracy over seconds of training, with a table on standard output."""
     torch.set_num_threads(1)
-    announce()
     print("\n| training | seconds | one look | std | min | nine looks | std | min | runs |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     points = []
     rows = {f"`train.py --epochs {n}`": partial(train_py, n) for n in EPOCHS}
-    rows.update({way.name: partial(plain_results, way) for way in PLAIN_WAYS})
+    rows.update({way.name: partial(map, partial(train_the_plain_way, way), range(PLAIN_SEEDS)) for way in PLAIN_WAYS})
     for name, results in rows.items():
         seconds, *looks = zip(*results())
         found = [several.statistics_of([100 * accuracy for accuracy in look]) for look in looks]
@@ -185,18 +164,50 @@ def plot_accuracy(path: Path) -> None:
     save(figure, path)
 
 
-def plain_results(way: PlainWay) -> list[tuple[float, float]]:
-    """The results of `way` for each seed."""
-    return [train_the_plain_way(way, seed) for seed in range(PLAIN_SEEDS)]
+def usual_recipe(gray: Tensor, is_alone: bool) -> Tensor:
+    """The digits in brightness (H, W) as most tutorials cut them out: uint8 (N, 28, 28).
+
+    Otsu's threshold (1979); ink is the rarer side; a box around it, or around each connected part; the middle of the
+    box in the middle of the image. It is told whether the digit `is_alone`.
+    """
+    counts = torch.histc(gray, 256, 0, 1)
+    below, sums = counts.cumsum(0), (counts * torch.arange(256)).cumsum(0)
+    between = (sums[-1] * below / below[-1] - sums) ** 2 / (below * (below[-1] - below)).clamp(min=1)
+    ink = (gray * 255 > between.argmax()).float()
+    ink = 1 - ink if ink.mean() > 0.5 else ink
+    parts = sorted(photos.find_parts(ink, 0.5), key=lambda part: part.left)
+    masks = [ink > 0.5] if is_alone else [photos.mask_of([part], ink) for part in parts]
+    digits = [photos.fit_within(photos.crop(ink, mask), photos.DIGIT_SIZE) for mask in masks]
+    return (255 * torch.stack([transforms.functional.center_crop(digit, [28, 28]) for digit in digits])).byte()
+
+
+def print_photos(folder: Path) -> None:
+    """How many images in `folder`/KIND/NUMBER/ are read right, here and by the usual recipe, as a table."""
+    model = load_pretrained()
+    print("| kind | digits | the usual recipe | numbers | the usual recipe |\n|---|---:|---:|---:|---:|")
+    for kind in sorted(path for path in folder.iterdir() if path.is_dir()):
+        right = np.zeros((2, 3), int)  # rows: digits, numbers; columns: read here, by the usual recipe, in all
+        files = photos.find_images([kind])
+        read = {report["path"]: report["number"] for _, _, report in photos.read_files(model, files)}
+        for path in files:
+            label, image = path.parent.name, photos.open_image(path).convert("L")
+            digits = usual_recipe(torch.from_numpy(np.asarray(image, np.float32) / 255), len(label) == 1)
+            usual = photos.digits_to_text(photos.classify(model, digits).argmax(1))
+            right[int(len(label) > 1)] += read.get(str(path)) == label, usual == label, 1
+        cells = [f"{ours} of {count} | {usual}" if count else "– | –" for ours, usual, count in right]
+        print(f"| {kind.name} | {' | '.join(cells)} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("figure", choices=("variants", "accuracy"))
-    figure = parser.parse_args().figure
+    parser.add_argument("figure", choices=("variants", "accuracy", "photos"))
+    parser.add_argument("folder", type=Path, nargs="?", default="photos", help="of DIR/KIND/NUMBER/IMAGE")
+    args = parser.parse_args()
+    if args.figure == "photos":
+        return print_photos(args.folder)
     with matplotlib.style.context(["default", STYLE]):
-        plot = plot_variants if figure == "variants" else plot_accuracy
-        plot(ROOT / "assets" / f"{figure}.png")
+        plot = plot_variants if args.figure == "variants" else plot_accuracy
+        plot(ROOT / "assets" / f"{args.figure}.png")
 
 
 if __name__ == "__main__":

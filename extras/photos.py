@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from model import IMAGE_SIZE, Net
+from model import IMAGE_SIZE
 from utils import UserError
 
 with contextlib.suppress(ImportError):  # optional, for the photos of iPhones
@@ -30,21 +30,30 @@ with contextlib.suppress(ImportError):  # optional, for the photos of iPhones
 
 MIN_SIDE, MAX_PIXELS = 8, 64 * 2**20  # smaller and larger images are refused
 WORK_SIZE = 512  # pixels a side: larger images are averaged down to this first
-OVERVIEW_SIZE = 96  # pixels a side, to find paper, digits, frames and specks
+DARK = 0.05  # of what is visible of a transparent image: with less of it, the image is a light drawing
+OVERVIEW_SIZE = 128  # pixels a side, to find rows: a digit in a row of ten is still ten pixels high
 SKEW_SIZE = 32  # pixels a side, to tell ink from paper by its rarity
-WINDOW = 2 / 3  # of the shorter side: anything wider is paper, desk or shadow, no stroke
-POLARITY = 1.5  # weight of stroke likeness against asymmetry, to tell dark ink from light ink
-AS_DARK = 0.1  # share of a desk that may be as dark as the ink on a sheet that lies there
+WINDOW = 2 / 5  # of the shorter side: wider than strokes, narrower than most shadows and sheets
+NARROW = 3 / 4  # of a digit's height, once it is known: anything wider is no stroke
+POLARITY, USUAL = 0.6, 0.5  # weight of stroke likeness against asymmetry; what dark ink, the usual one, has ahead
+BORDER = 0.25  # at most, of asymmetry: a tight digit has paper at the border, a sheet on a desk does not
+TILE, SOLID = 1 / 4, 0.9  # of the longer side, and of an edge: a smaller or less solid rectangle is no tile
 MIN_CONTRAST = 0.03  # of the paper's brightness: fainter marks are paper
 INK_LEVEL = 1 / 3  # of the darkest ink's depth: fainter marks are shadow or noise
-MIN_PART = 0.03  # of the digit's ink: smaller parts are specks
-MIN_FREE = 0.003  # of the largest part's ink: a part of this size, away from the border, is the digit
-OVERLAP = 1 / 3  # of the narrower part's width: parts that share more are one digit; slanted neighbours share less
-CRACK = 0.04  # of the ink's height: a gap up to this is a break in a digit
-MIN_HEIGHT = 1 / 2  # of the tallest digit: a lower part is a digit's second stroke
-MARGIN = 0.12  # of the shorter side: ink that stays within it is a frame, a ruled box or the scanner's lid
+FAINT = 1 / 2  # of that level: enough for ink that touches ink, so that light strokes do not break
+MIN_STEP = 0.4  # of the depth, from pixel to pixel: ink has edges, shadows and folds have at most 0.3
+MIN_PIXELS, MAX_PARTS, MAX_POINTS = 4, 60, 1500  # smaller parts, and more, are noise; more pixels are not compared
+MIN_PART = 0.03  # of the heaviest part's ink: smaller parts are specks
+MIN_FREE = 0.003  # of the heaviest part's ink: a part of this size, away from the border, is the digit
+ENCLOSED = 0.05  # of a part's ink: with as much inside, it is a frame; specks in a zero are less
+# Shares of a digit's height:
+FLAT = 8  # times its own height: a wider part is a ruled line, if it is also wider than digits are high
+MIN_HEIGHT, SMALL = 1 / 2, 0.35  # a lower part starts no row, and is no digit; zeros are half as high as others
+CRACK, LOW, NEAR = 0.08, 0.6, 1 / 2  # gaps: a low part is a stroke of a digit a crack away, a small one of one near it
+ROOM = 0.15  # around a row may be ink that the overview was too coarse to see
+FINE, MAX_ZOOM = 80, 16  # pixels: the height at which digits are cut out; the most that the overview is enlarged
 DIGIT_SIZE = 20  # MNIST's digits fit into 20 x 20 of the 28 x 28 pixels
-ZOOM = 3  # factor of the size at which a digit is cut out
+ZOOM = 3  # factor of the size at which a digit is prepared
 MIN_STROKE = 2.0  # of the 20 pixels: thinner pens are thickened; nine tenths of MNIST's strokes are 1.6 to 3.6 wide
 UNSURE = 0.8  # probability of the least sure digit, below which the second guess is told too
 HEIF, HEIF_PACKAGE = {".heic", ".heif"}, "pillow-heif"  # the format of iPhones, and the package for it
@@ -77,15 +86,22 @@ def read_number(path: str | Path) -> tuple[Image.Image, Tensor]:
 
     Raises UserError, one line naming the file, if it cannot be read or is blank, too small or too large.
     """
+    image, rows = read_rows(path)
+    return image, torch.cat(rows)
+
+
+def read_rows(path: str | Path) -> tuple[Image.Image, list[Tensor]]:
+    """As `read_number`, with the digits of each row by themselves, from the top."""
     image = open_image(path)
-    digits = prepare_digits(torch.from_numpy(np.asarray(image.convert("L"), np.float32) / 255))
-    if not len(digits):
+    channels = torch.from_numpy(np.stack([image.convert("L"), *image.split()]).astype(np.float32) / 255)
+    rows = next(filter(None, map(find_digits, channels)), [])  # red ink on green paper may be blank in grey
+    if not rows:
         raise UserError(f"{path}: blank, no ink found")
-    return image, digits
+    return image, rows
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """The first frame as people see it: upright, without transparency, RGB. UserError if it cannot be read."""
+    """The image as people see it: upright, without transparency, RGB. UserError if it cannot be read."""
     if os.path.isdir(path):
         raise UserError(f"{path}: no images in this folder")
     try:
@@ -97,34 +113,30 @@ def open_image(path: str | Path) -> Image.Image:
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width} x {height} pixels are too many")
             image.draft(None, (WORK_SIZE, WORK_SIZE))  # a large JPEG is decoded at a half, a quarter or an eighth
+            if image.format == "GIF":
+                image.seek(image.n_frames - 1)  # a digit that draws itself is complete in the last frame
             image.load()
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+        reason = getattr(error, "strerror", None) or utils.one_line(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             lacks = Path(path).suffix.lower() in HEIF and not HEIF & set(Image.registered_extensions())
             needs = f"needs the package {HEIF_PACKAGE}: pip install {HEIF_PACKAGE}"
             reason = needs if lacks else "no image Pillow can read"
         raise UserError(f"{path}: {reason}") from error
     if image.mode[0] in "IF":
-        image = stretch(image)
+        values = np.asarray(image, np.float32)  # of 16 bits or in floating point: from the darkest to the lightest
+        image = Image.fromarray(np.uint8((values - values.min()) * (255 / max(np.ptp(values), 1e-6))))
     elif image.mode not in ("L", "RGB"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     image = ImageOps.exif_transpose(image.reduce(math.ceil(max(image.size) / WORK_SIZE)))
     return (on_backdrop(image) if image.mode == "RGBA" else image).convert("RGB")
 
 
-def stretch(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits or in floating point as 8 bits, from black for its darkest value to white for its lightest."""
-    image = image.convert("F")
-    low, high = image.getextrema()
-    scale = 255 / max(high - low, 1e-6)
-    return image.point(lambda value: value * scale - low * scale).convert("L")
-
-
 def on_backdrop(image: Image.Image) -> Image.Image:
-    """RGBA on white, or on black if its visible part is light."""
-    visible = ImageStat.Stat(image.convert("L"), image.getchannel("A").point(lambda alpha: alpha > 127 and 255))
-    backdrop = Image.new("RGBA", image.size, "black" if visible.sum[0] > 127 * visible.count[0] else "white")
+    """RGBA on white, or on black if all of its visible part is light, but for an edge."""
+    gray, visible = image.convert("L"), image.getchannel("A").point(lambda alpha: alpha > 127 and 255)
+    dark = ImageStat.Stat(gray.point(lambda value: value < 128 and 255), visible)
+    backdrop = Image.new("RGBA", image.size, "white" if dark.sum[0] > 255 * DARK * dark.count[0] else "black")
     backdrop.alpha_composite(image)
     return backdrop
 
@@ -152,75 +164,190 @@ def crop(image: Tensor, mask: Tensor) -> Tensor:
     return image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def prepare_digits(gray: Tensor) -> Tensor:
-    """The digits in brightness (H, W), 0 to 1, side by side: uint8 (N, 28, 28) as in MNIST, from the left.
+class Part:
+    """Ink that hangs together: its depth `ink` (n,) at the places `y` and `x` (n,), and the box around it."""
 
-    The ink is dark or light, whichever marks look more like strokes.
+    def __init__(self, y: np.ndarray, x: np.ndarray, ink: np.ndarray) -> None:
+        self.y, self.x, self.ink, self.mass = y, x, ink, float(ink.sum())
+        self.top, self.bottom, self.left, self.right = int(y.min()), int(y.max()) + 1, int(x.min()), int(x.max()) + 1
+        self.height, self.width = self.bottom - self.top, self.right - self.left
+
+    def gap(self, other: Part) -> int:
+        """How far apart the boxes are, along the row or across it."""
+        along = max(self.left, other.left) - min(self.right, other.right)
+        return max(along, max(self.top, other.top) - min(self.bottom, other.bottom), 0)
+
+    def is_inside(self, other: Part) -> bool:
+        """Whether the box of `other` surrounds this one's."""
+        is_between = other.left < self.left and self.right < other.right
+        return is_between and other.top < self.top and self.bottom < other.bottom
+
+    def is_in_line(self, other: Part) -> bool:
+        """Whether the lower one of the two is beside the other for half of its height."""
+        return min(self.bottom, other.bottom) - max(self.top, other.top) > min(self.height, other.height) / 2
+
+
+def find_digits(gray: Tensor) -> list[Tensor]:
+    """The digits in brightness (H, W), 0 to 1, as in MNIST: uint8 (N, 28, 28) for each row from the top.
+
+    The ink is dark or light, whichever marks look more like strokes. Rows are found in an overview twice. The second
+    time the paper is what is wider than the strokes of these digits.
     """
     small = fit_within(gray, OVERVIEW_SIZE)
-    (paper, ink, digits), (light_paper, light_ink, light) = find_digits(small), find_digits(1 - small)
-    if not digits and not light:
-        return torch.empty(0, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
-    if is_light_on_dark(small, digits, light):
-        gray, paper, ink, digits = 1 - gray, light_paper, light_ink, light
-    depth = ink_depth(gray, resize(paper, *gray.shape))
-    places = [dilate(digit.float(), 3) * (digit | ~ink) for digit in digits]  # a pixel around, but nobody else's ink
-    return torch.stack([center(thicken(cut_out(depth, resize(place, *gray.shape)))) for place in places])
+    if tile := find_tile(small):
+        top, bottom, left, right = (round(n * len(gray) / len(small)) for n in tile)
+        if rows := find_digits(gray[top:bottom, left:right]):
+            return rows
+    pixel, side = math.ceil(OVERVIEW_SIZE / max(gray.shape)), min(small.shape)
+    dark, light = (find_rows(marks, int(WINDOW * side), pixel, 1)[0] for marks in (small, 1 - small))
+    likeness = USUAL + stroke_likeness(dark) - stroke_likeness(light)
+    if not dark or (light and asymmetry(small) > POLARITY * likeness):
+        gray, small, dark = 1 - gray, 1 - small, light
+    window = min(side // 3, int(NARROW * typical_height([part for row in dark for part in row])))
+    rows, paper = find_rows(small, window, pixel, FAINT)
+    return [torch.stack(digits) for digits in (cut_row(gray, paper, row) for row in rows) if digits]
 
 
-def close(gray: Tensor) -> Tensor:
-    """The paper under the ink of (H, W): dark marks narrower than WINDOW are removed, by morphological closing."""
-    side = int(WINDOW * min(gray.shape)) // 2 * 2 + 1
-    return -dilate(-dilate(gray, side), side)
+def find_tile(gray: Tensor) -> tuple[int, int, int, int] | None:
+    """The inside (top, bottom, left, right) of a solid rectangle in (H, W), darker or lighter than what is around."""
+    flat = gray - (gray.min() + gray.max()) / 2
+    for part in find_parts(flat, 0) + find_parts(-flat, 0):
+        (height, width), sides = gray.shape, (part.height, part.width)
+        if min(sides) > TILE * max(height, width) and part.height < height and part.width < width:
+            rows, columns = np.bincount(part.y - part.top), np.bincount(part.x - part.left)
+            solid = min(rows[2], rows[-3]) > SOLID * part.width and min(columns[2], columns[-3]) > SOLID * part.height
+            if solid and len(part.y) > part.height * part.width / 2:
+                return part.top + 3, part.bottom - 3, part.left + 3, part.right - 3
+    return None
 
 
-def ink_depth(gray: Tensor, paper: Tensor) -> Tensor:
-    """The share of the paper's light that the ink takes, 0 to 1: (H, W)."""
-    return ((paper - gray) / paper.clamp(min=0.05)).clamp(min=0)
+def find_parts(depth: Tensor, level: float) -> list[Part]:
+    """The connected parts, also by corners, of what is deeper than `level` in (H, W), the heaviest first.
+
+    Each pixel starts with its own number. Pixels that touch take the smaller of their numbers, until none differ.
+    """
+    mask = F.pad(depth > level, [1] * 4).numpy()
+    numbers = np.cumsum(mask).reshape(mask.shape) * mask
+    here, others = numbers[:-1, 1:-1], (numbers[:-1, 2:], numbers[1:, :-2], numbers[1:, 1:-1], numbers[1:, 2:])
+    a, b = np.concatenate([(here[both], there[both]) for there in others for both in [(here > 0) & (there > 0)]], 1)
+    number = np.arange(mask.sum() + 1)
+    while len(a):
+        np.minimum.at(number, np.maximum(a, b), np.minimum(a, b))
+        while (number != number[number]).any():
+            number = number[number]
+        a, b = number[np.stack([a, b])][:, number[a] != number[b]]
+    y, x = mask.nonzero()
+    order = np.argsort(number[1:], kind="stable")
+    pieces = np.split(order, np.flatnonzero(np.diff(number[1:][order])) + 1)
+    parts = [Part(y[p] - 1, x[p] - 1, depth.numpy()[y[p] - 1, x[p] - 1]) for p in pieces if len(p) >= MIN_PIXELS]
+    return sorted(parts, key=lambda part: -part.mass)[:MAX_PARTS]
 
 
-def is_light_on_dark(gray: Tensor, dark: list[Tensor], light: list[Tensor]) -> bool:
-    """Whether the ink of (H, W) is the `light` marks and not the `dark` ones, all masks (H, W)."""
-    if not dark or not light:
-        return not dark
-    dark_ink, light_ink = torch.stack(dark).any(0), torch.stack(light).any(0)
-    if lies_on_sheet(dark_ink, light_ink, gray):
-        return False
-    if lies_on_sheet(light_ink, dark_ink, 1 - gray):
-        return True
-    return asymmetry(gray) > POLARITY * (stroke_likeness(dark_ink) - stroke_likeness(light_ink))
+def find_rows(gray: Tensor, window: int, pixel: int, faint: float) -> tuple[list[list[Part]], Tensor]:
+    """The dark ink of (H, W) that may be digits, as rows from the top, and the paper (H, W).
+
+    A pixel of the image is `pixel` pixels wide here; ink that touches ink need be only `faint` times as dark.
+    """
+    side, width = window // 2 * 2 + 1, 2 * pixel + 1
+    paper = -dilate(-dilate(gray, side), side)  # a closing: without the dark marks that are narrower
+    depth = ink_depth(gray, paper)
+    step = dilate(depth, width) + dilate(-depth, width)
+    image = Part(*(np.array([0, n - 1]) for n in gray.shape), np.zeros(2))  # its box is that of the image
+    free = [part for part in find_parts(depth, INK_LEVEL * depth.max()) if part.is_inside(image)]
+    level = max(INK_LEVEL * (free[0].ink if free else depth).max().item(), MIN_CONTRAST)
+    parts = [part for part in find_parts(depth, faint * level) if part.ink.max() > level]
+    parts = [part for part in parts if np.quantile(step[part.y, part.x], 0.9) > MIN_STEP * part.ink.max()]
+    free = [part for part in parts if part.is_inside(image)]
+    core = free if free and free[0].mass > MIN_FREE * parts[0].mass else parts
+    inside = [sum(other.mass for other in core if other.is_inside(part)) for part in core]
+    core = [part for part, mass in zip(core, inside) if mass <= ENCLOSED * part.mass]  # no frames
+    return rows_of(core, parts) if core else [], paper
 
 
-def lies_on_sheet(ink: Tensor, sheet: Tensor, gray: Tensor) -> bool:
-    """Whether dark `ink` lies on a light `sheet`, and all around the sheet is lighter than the ink."""
-    for axis in (0, 1):
-        (first, last), (low, high) = extent(ink, axis), extent(sheet, axis)
-        if first <= low or last >= high:
-            return False
-    around = gray[~(ink | sheet)]
-    return bool((around <= gray[ink].median()).float().mean() < AS_DARK)
+def typical_height(parts: list[Part]) -> int:
+    """The height that half of the ink does not exceed; 0 without ink."""
+    return int(np.median(np.repeat([part.height for part in parts], [len(part.y) for part in parts]))) if parts else 0
+
+
+def rows_of(core: list[Part], parts: list[Part]) -> list[list[Part]]:
+    """Rows from the top, of the `core` and of those other `parts` that stand in line with it."""
+    height = typical_height(core)
+    core = [part for part in core if part.width <= max(FLAT * part.height, height)] or core
+    height = typical_height(core)
+    rows: list[list[Part]] = []
+    tall = [part for part in core if part.height >= MIN_HEIGHT * height]
+    for part in sorted(tall, key=lambda part: part.left):
+        near = [row for row in rows if part.is_in_line(row[-1])]
+        max(near, key=lambda row: row[-1].right).append(part) if near else rows.append([part])
+    for part in (part for part in parts if part not in tall):
+        row = min(rows, key=lambda row: min(map(part.gap, row)))
+        is_digit = len(row) > 1 and MIN_HEIGHT * height < part.height < 2 * height and part.width < 1.5 * height
+        if part in core or (is_digit and part.is_in_line(min(row, key=part.gap))):
+            row.append(part)
+    return sorted(rows, key=lambda row: min(part.top for part in row))
+
+
+def cut_row(gray: Tensor, paper: Tensor, row: list[Part]) -> list[Tensor]:
+    """The digits of a `row` that was found in an overview, from the left, each uint8 (28, 28)."""
+    height = typical_height(row)
+    room, zoom = max(1, round(ROOM * height)), min(FINE / height, MAX_ZOOM)
+    top, bottom = max(0, min(p.top for p in row) - room), min(len(paper), max(p.bottom for p in row) + room)
+    left, right = max(0, min(p.left for p in row) - room), min(paper.shape[1], max(p.right for p in row) + room)
+    size = round(zoom * (bottom - top)), round(zoom * (right - left))
+    down, across = (a / b for a, b in zip(gray.shape, paper.shape))
+    area = gray[round(top * down) : round(bottom * down), round(left * across) : round(right * across)]
+    known = resize(mask_of(row, paper)[top:bottom, left:right].float(), *size).numpy() > 0.5
+    depth = ink_depth(resize(area, *size), resize(paper[top:bottom, left:right], *size))
+    ink = depth / (INK_LEVEL * depth.max())
+    parts = [part for part in find_parts(ink, FAINT) if part.ink.max() > 1 and known[part.y, part.x].any()]
+    masks = [mask_of([digit], depth) for digit in digits_of(parts)]
+    return [prepare(depth, dilate(mask.float(), 3) * (mask | (ink <= FAINT))) for mask in masks]
+
+
+def digits_of(parts: list[Part]) -> list[Part]:
+    """The digits that the `parts` of a row make, from the left: the nearest are joined first."""
+    parts = [part for part in parts if part.mass >= MIN_PART * parts[0].mass]
+    height = typical_height(parts)
+    crack = CRACK * (1 if len(parts) > 2 else 2)  # two parts are more often one digit
+
+    def beyond(a: Part, b: Part) -> float:
+        """How much farther apart the inks are than strokes of one digit, in pixels; 0 or more for two digits."""
+        is_upon = min(a.right, b.right) - max(a.left, b.left) > min(a.width, b.width) / 2
+        low = min(a.height, b.height) / height
+        near = height * (NEAR if is_upon or low < SMALL else crack if low < LOW else 0)
+        places = (torch.tensor(np.stack([p.y, p.x], 1)[:: len(p.y) // MAX_POINTS + 1]).float() for p in (a, b))
+        return torch.cdist(*places).min().item() - near if a.gap(b) < near else 0
+
+    while len(parts) > 1:
+        distance, i, j = min((beyond(a, b), i, j) for j, b in enumerate(parts) for i, a in enumerate(parts[:j]))
+        if distance >= 0:
+            break
+        b, a = parts.pop(j), parts.pop(i)
+        parts.append(Part(np.append(a.y, b.y), np.append(a.x, b.x), np.append(a.ink, b.ink)))
+    return sorted((p for p in parts if p.height >= SMALL * height), key=lambda part: part.left + part.right)
+
+
+def mask_of(parts: list[Part], like: Tensor) -> Tensor:
+    """Where `parts` are: bool of the size of `like` (H, W)."""
+    mask = torch.zeros(like.shape, dtype=torch.bool)
+    for part in parts:
+        mask[part.y, part.x] = True
+    return mask
+
+
+def stroke_likeness(rows: list[list[Part]]) -> float:
+    """Logarithm of area / width², where the width of a stroke is 2 area / perimeter; 0 without ink."""
+    mask = mask_of([part for row in rows for part in row], torch.empty(OVERVIEW_SIZE, OVERVIEW_SIZE)).float()
+    return math.log(outline(mask) ** 2 / 4 / mask.sum().item()) if rows else 0.0
 
 
 def asymmetry(gray: Tensor) -> float:
-    """How much (H, W) looks like light ink on dark: ink is rare, which skews the histogram, and not at the border.
-
-    The border counts less, because it may be a frame.
-    """
+    """How much (H, W) looks like light ink on dark: ink is rare, which skews the histogram, and not at the border."""
     gray = fit_within(gray, SKEW_SIZE)
     flat = gray - resize(resize(gray, 3, 3), *gray.shape)  # without uneven light
     flat = (flat - flat.mean()) / flat.std().clamp(min=1e-6)
     border = torch.cat([flat[0], flat[-1], flat[:, 0], flat[:, -1]]).mean()
-    return ((flat**3).mean() - border.clamp(-0.8, 0.8)).item()
-
-
-def stroke_likeness(mask: Tensor) -> float:
-    """Logarithm of area / thickness², times the share of the outline that is not on the image's border."""
-    ink = core = mask.float()
-    thickness = 0
-    while core.any():
-        core, thickness = -dilate(-core, 3), thickness + 1
-    free = (outline(ink) + 1) / (outline(F.pad(ink, [1] * 4)) + 1)
-    return math.log(free * ink.sum().item() / thickness**2)
+    return ((flat**3).mean() - border.clamp(-BORDER, BORDER)).item()
 
 
 def outline(ink: Tensor) -> float:
@@ -228,90 +355,22 @@ def outline(ink: Tensor) -> float:
     return torch.hypot(ink.diff(dim=0)[:, 1:], ink.diff(dim=1)[1:]).sum().item()
 
 
-def cut_out(depth: Tensor, place: Tensor) -> Tensor:
-    """The digit in `depth` (H, W) where `place` (H, W) is above 0: cropped, about 60 pixels a side, ink 1 on 0."""
+def ink_depth(gray: Tensor, paper: Tensor) -> Tensor:
+    """The share of the paper's light that the ink takes, 0 to 1: (H, W)."""
+    return ((paper - gray) / paper.clamp(min=0.05)).clamp(min=0)
+
+
+def prepare(depth: Tensor, place: Tensor) -> Tensor:
+    """The digit in `depth` (H, W) where `place` (H, W) is above 0, as in MNIST: uint8 (28, 28)."""
     digit = fit_within(crop(depth * place, place > 0), ZOOM * (DIGIT_SIZE + 4))
     full = digit[digit > 0.4 * digit.max()].quantile(0.6)  # the middle of a stroke
     ink = (2 * digit / full - 0.5).clamp(0, 1)
-    return crop(ink, ink > 0.5)
-
-
-def find_digits(gray: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The paper of (H, W), the mask of its dark ink, and the masks (H, W) of its digits from the left."""
-    paper = close(gray)
-    depth = ink_depth(gray, paper)
-    ink = depth > INK_LEVEL * depth.max()
-    if depth.max() < MIN_CONTRAST:
-        return paper, ink, []
-    parts = number_parts(ink)
-    mass = torch.bincount(parts.flatten(), (depth * ink).flatten())
-    (height, width), margin = ink.shape, int(MARGIN * min(ink.shape))
-    border = torch.cat([parts[0], parts[-1], parts[:, 0], parts[:, -1]])
-    inside = parts[margin : height - margin, margin : width - margin].flatten()
-    free = torch.bincount(border, minlength=len(mass)) == 0
-    central = torch.bincount(inside, minlength=len(mass)) > 0
-    for can_be, least in ((free, MIN_FREE), (central, MIN_PART)):
-        if (mass * can_be).max() > least * mass.max():  # else the digit fills the image, or is small and in a corner
-            mass = mass * can_be
-    numbers = (mass >= MIN_PART * mass.max()).nonzero().flatten().tolist()
-    return paper, ink, side_by_side([parts == number for number in numbers])
-
-
-def side_by_side(parts: list[Tensor]) -> list[Tensor]:
-    """Join parts (masks (H, W)) to digits, from the left: parts above each other, and low parts with the nearest."""
-    digits: list[Tensor] = []
-    top, bottom = extent(torch.stack(parts).any(0), 1)
-    for part in sorted(parts, key=lambda part: extent(part, 0)):
-        (left, right), (first, last) = extent(part, 0), extent(digits[-1] if digits else part, 0)
-        shared = min(right, last) - left
-        cracked = -CRACK * (bottom - top) <= shared <= 0
-        if digits and (cracked or shared > OVERLAP * min(right - left, last - first)):
-            digits[-1] = digits[-1] | part
-        else:
-            digits.append(part)
-    while len(digits) > 1:
-        heights = [bottom - top for top, bottom in (extent(digit, 1) for digit in digits)]
-        low = heights.index(min(heights))
-        if heights[low] >= MIN_HEIGHT * max(heights):
-            break
-        gaps = [extent(after, 0)[0] - extent(before, 0)[1] for before, after in zip(digits, digits[1:])]
-        first = low if low == 0 or (low < len(gaps) and gaps[low] < gaps[low - 1]) else low - 1
-        digits[first : first + 2] = [digits[first] | digits[first + 1]]
-    return digits
-
-
-def extent(mask: Tensor, axis: int) -> tuple[int, int]:
-    """The first column (`axis` 0) or row (1) of (H, W) that is set somewhere, and the one after the last."""
-    lines = mask.any(axis).nonzero().flatten()
-    return int(lines[0]), int(lines[-1]) + 1
-
-
-def number_parts(mask: Tensor) -> Tensor:
-    """Number the connected parts of `mask` (H, W), also by corners: int64 (H, W), 0 outside.
-
-    Each pixel starts with its own number. It takes the largest number around it, then the number at that place.
-    """
-    numbers = torch.arange(1.0, mask.numel() + 1).view_as(mask) * mask
-    while True:
-        largest = (dilate(numbers, 3) * mask).long()
-        following = F.pad(largest.flatten().float(), [1, 0])[largest]
-        if (following == numbers).all():
-            return largest
-        numbers = following
-
-
-def thicken(ink: Tensor) -> Tensor:
-    """Make the strokes of cropped `ink` (H, W) at least MIN_STROKE wide; their width is 2 area / perimeter."""
-    pixel = max(ink.shape) / DIGIT_SIZE
-    ink = F.pad(ink, [2 * ZOOM] * 4)
+    ink = crop(ink, ink > 0.5)
+    pixel, ink = max(ink.shape) / DIGIT_SIZE, F.pad(ink, [2 * ZOOM] * 4)
     missing = MIN_STROKE * pixel - 2 * ink.sum().item() / outline(ink)
-    return dilate(ink, 2 * round(max(missing, 0) / 2) + 1)
-
-
-def center(ink: Tensor) -> Tensor:
-    """Fit `ink` (H, W), 0 to 1, into 20 pixels, with its centre of mass at pixel (14, 14) of uint8 (28, 28)."""
+    ink = dilate(ink, 2 * round(max(missing, 0) / 2) + 1)
     ink = fit_within(crop(ink, ink > 0.5), DIGIT_SIZE)
-    (height, width), mass = ink.shape, ink.sum()
+    (height, width), mass = ink.shape, ink.sum()  # the centre of mass comes to pixel (14, 14)
     top = round(IMAGE_SIZE / 2 - (torch.arange(float(height)) @ ink.sum(1) / mass).item())
     left = round(IMAGE_SIZE / 2 - (torch.arange(float(width)) @ ink.sum(0) / mass).item())
     ink = F.pad(ink, [left, IMAGE_SIZE - width - left, top, IMAGE_SIZE - height - top])
@@ -324,69 +383,38 @@ def classify(model: nn.Module, digits: Tensor) -> Tensor:
     return utils.predict(model, digits.unsqueeze(1).to(device), tta=True).softmax(1).cpu()
 
 
-def read_numbers(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image, Tensor]]:
-    """Each of `files` with the result of `read_number`. A file that cannot be read is a warning, and left out."""
+def read_files(model: nn.Module, files: Sequence[Path]) -> Iterator[tuple[Image.Image, Tensor, dict[str, Any]]]:
+    """Each of `files`: the image, its digits, and the report. A file that cannot be read is a warning, and left out."""
     for path in (bar := tqdm(files, "Reading", leave=False, delay=2, disable=None)):
         try:
-            image, digits = read_number(path)
+            image, rows = read_rows(path)
         except UserError as error:
             bar.clear()
             utils.say("warning", str(error))
         else:
-            yield path, image, digits
+            digits = torch.cat(rows)
+            yield image, digits, describe(path, classify(model, digits), list(map(len, rows)))
 
 
-def read_images(model: Net, files: Sequence[Path], labels: bool = False) -> dict[str, Any]:
-    """Everything that is reported of the `files` that can be read, ready for JSON; shares are from 0 to 1.
-
-    With `labels` the name of an image's folder is the right answer, and the accuracy is reported too.
-    """
-    found = [(path, digits) for path, _, digits in read_numbers(files)]
-    images = describe_all(model, *zip(*found)) if found else []
-    results: dict[str, Any] = {"images": images}
-    if labels and images:
-        for image in images:
-            image["label"] = Path(image["path"]).absolute().parent.name
-        right = sum(image["number"] == image["label"] for image in images)
-        results.update(accuracy=right / len(images), right=right, labelled=len(images))
-    return results
-
-
-def describe_all(model: Net, paths: Sequence[Path], digits: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """The report on each image, from its prepared digits uint8 (N, 28, 28)."""
-    probabilities = classify(model, torch.cat(list(digits))).split([len(its_digits) for its_digits in digits])
-    return list(map(describe, paths, probabilities))
-
-
-def print_images(results: dict[str, Any]) -> None:
-    """Print what `read_images` returned: a line for each image, and the accuracy if they have labels."""
-    for image in results["images"]:
-        doubt = f"\tor perhaps {image['second_guess']}" if "second_guess" in image else ""
-        print(f"{image['path']}\t{image['number']}\t{image['confidence']:.4f}{doubt}")
-    if "accuracy" in results:
-        print(f"Accuracy: {results['accuracy']:.2%} ({results['right']} of {results['labelled']})")
-
-
-def describe(path: Path, probabilities: Tensor) -> dict[str, Any]:
-    """The report on one image whose digits have `probabilities` (N, 10)."""
+def describe(path: Path, probabilities: Tensor, rows: Sequence[int] = ()) -> dict[str, Any]:
+    """The report on one image whose digits have `probabilities` (N, 10), with so many in each of its `rows`."""
     confidences, digits = probabilities.max(1)
-    number, doubt = digits_to_text(digits), second_guess(probabilities)
+    number, doubt = digits_to_text(digits, rows), second_guess(probabilities, rows)
     each = [
-        {"digit": digit, "confidence": max(p), "probabilities": p}
-        for digit, p in zip(digits.tolist(), probabilities.tolist())
+        {"digit": int(p.argmax()), "confidence": p.max().item(), "probabilities": p.tolist()} for p in probabilities
     ]
     described = {"path": str(path), "number": number, "confidence": confidences.min().item(), "digits": each}
     return {**described, **({"second_guess": doubt} if doubt else {})}
 
 
-def second_guess(probabilities: Tensor) -> str | None:
+def second_guess(probabilities: Tensor, rows: Sequence[int] = ()) -> str | None:
     """The number with the second guess for the least sure digit of (N, 10), if that is below UNSURE."""
     confidences, digits = probabilities.max(1)
     least = int(confidences.argmin())
     digits[least] = probabilities[least].topk(2).indices[1]
-    return digits_to_text(digits) if confidences[least] < UNSURE else None
+    return digits_to_text(digits, rows) if confidences[least] < UNSURE else None
 
 
-def digits_to_text(digits: Tensor) -> str:
-    """Digits (N,) as a string."""
-    return "".join(map(str, digits.tolist()))
+def digits_to_text(digits: Tensor, rows: Sequence[int] = ()) -> str:
+    """Digits (N,) as a string, with a blank between `rows` of so many."""
+    return " ".join("".join(map(str, row.tolist())) for row in digits.split(list(rows) or len(digits)))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from test_photos import VARIANTS, likeness, photo
+from test_photos import VARIANTS, likeness, number, photo
 
 import model as network
 import utils
@@ -126,15 +126,6 @@ def run_network(page, script: str, images: torch.Tensor) -> torch.Tensor:
     return torch.tensor(page.execute_script(f"return arguments[0].map(image => Array.from({script}))", words))
 
 
-def test_constants_are_those_of_python() -> None:
-    """Page and Python prepare images with the same numbers, those of the same name at least."""
-    constants = re.findall(r"^const ([A-Z_]+) = (\d\S*)(?: / (\d+))?;", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    ours = {**vars(photos), "SURE": utils.SURE}
-    shared = {name: float(value) / float(by or 1) for name, value, by in constants if name in ours}
-    assert shared == {name: ours[name] for name in shared}
-    assert {"WINDOW", "POLARITY", "INK_LEVEL", "OVERVIEW_SIZE", "UNSURE", "SURE"} <= set(shared)
-
-
 def side_by_side(number: str) -> list[list[tuple[float, float]]]:
     """Strokes of the digits of `number`, each in its share of the sheet."""
     share = 1 / len(number)
@@ -166,7 +157,7 @@ def test_unsure_answer_names_two(page, number: str, answer: str):
     page.execute_script(
         """
         const logits = { 1: [0, 9, 0, 0, 0, 0, 0, 0, 0, 0], 4: [0, 0, 0, 0, 4, 0, 0, 0, 0, 3] };
-        digits = Array.from(arguments[0], digit => ({ probabilities: softmax(logits[digit]) }));
+        digits = Array.from(arguments[0], digit => ({ row: 0, probabilities: softmax(logits[digit]) }));
         showAnswer(digits[0]);
         """,
         number,
@@ -204,16 +195,17 @@ def test_unsure_digits_are_looked_at_nine_times(page, test_split: utils.Split):
 PICTURES = {
     **{name: VARIANTS[name] for name in ("white-on-black.png", "transparent-chalk.png", "tight.png")},
     **{f"{kind}.png": photo(kind, 0) for kind in ("lined", "shadow", "desk", "island")},
-    "number.png": photo("number", 0, 1, 3, 5),
+    **{f"{kind}.png": number(kind, 1)[0] for kind in ("long", "tile", "two rows")},
 }
 
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_images_are_read_as_python_reads_them(page, tmp_path: Path, name: str):
     PICTURES[name].save(tmp_path / name)
-    prepared = photos.read_number(tmp_path / name)[1]
+    prepared, rows = photos.read_number(tmp_path / name)[1], photos.read_rows(tmp_path / name)[1]
     hand_over(page, "paste" if "shadow" in name else "drop", name, (tmp_path / name).read_bytes())
-    answer = photos.digits_to_text(photos.classify(network.load_pretrained(), prepared).argmax(1))
+    read = photos.classify(network.load_pretrained(), prepared).argmax(1)
+    answer = photos.digits_to_text(read, list(map(len, rows)))
     assert text(page, "answer").split(",")[0] == answer
     pixels = page.execute_script("return digits.map(digit => Array.from(digit.pixels))")
     for ours, theirs in zip(torch.tensor(pixels).view(len(prepared), 28, 28), prepared.long()):

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, ROOT, mnist
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
 import utils
-from extras.photos import classify, find_images, read_number, second_guess
+from extras.photos import classify, find_images, read_files, read_number, second_guess
+from model import load_pretrained
 from utils import UserError
 
 MNIST = mnist(train=False)
@@ -56,10 +57,50 @@ def photo(kind: str, *indices: int) -> Image.Image:
     return ImageOps.expand(sheet, margins[kind], 110) if kind in margins else sheet
 
 
+def number(kind: str, k: int) -> tuple[Image.Image, str]:
+    """The `k`-th picture of a `kind`, and the digits that are in it: test digits beside each other in dark ink."""
+    indices = [10 * k + i for i in range({"long": 10, "tile": 1, "circled": 1 + k % 3, "two rows": 4}.get(kind, 3))]
+    room, side = {"long": 10, "form": 40}.get(kind, 35), 140
+    row, x = Image.new("L", (2000, 500)), 100
+    for place, digit in enumerate(ink(index, side) for index in indices):
+        left, top, right, bottom = digit.getbbox()
+        down = 220 if kind == "two rows" and place > 1 else 0
+        row.paste(digit.crop(digit.getbbox()), (x - (down > 0 and 300), 100 + (side - bottom + top) // 2 + down))
+        if kind == "form":
+            ImageDraw.Draw(row).rectangle((x - 20, 80, x + right - left + 20, 260), outline=200, width=3)
+        x += right - left + room
+    draw, (left, top, right, bottom) = ImageDraw.Draw(row), row.getbbox()
+    if kind == "circled":
+        draw.ellipse((left - 50, top - 50, right + 50, bottom + 50), outline=255, width=5)
+    if kind == "underlined":
+        draw.line((left - 30, bottom + 14, right + 30, bottom + 18), fill=255, width=5)
+    if kind == "leaning":  # by 20 degrees, to either side
+        row = row.transform(row.size, Image.Transform.AFFINE, (1, (-1) ** k * 0.364, -70, 0, 1, 0))
+    row = ImageOps.expand(row.crop(row.getbbox()), 80)
+    image = ImageOps.expand(row, 90, 255) if kind == "tile" else row.point(lambda value: 230 - value * 200 // 255)
+    text = "".join(str(int(MNIST.labels[index])) for index in indices)
+    return image, f"{text[:2]} {text[2:]}" if kind == "two rows" else text
+
+
 def likeness(a: Tensor, b: Tensor) -> float:
     """Correlation of two digits at the best of nine shifts: the centre of mass may round either way."""
     shifts = [a.roll((y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
     return max(torch.corrcoef(torch.stack([s.flatten(), b.flatten()]).float())[0, 1].item() for s in shifts)
+
+
+@pytest.mark.parametrize("kind", ["form", "circled", "underlined", "tile", "long", "leaning", "two rows"])
+def test_numbers_are_read(kind: str, tmp_path: Path) -> None:
+    """Eight of ten pictures of each kind at least."""
+    answers = {}
+    for k in range(10):
+        image, answer = number(kind, k)
+        image.save(tmp_path / f"{k}.png")
+        answers[f"{k}.png"] = answer
+    reports = [report for _, _, report in read_files(load_pretrained(), find_images([tmp_path]))]
+    wrong = {
+        report["path"]: report["number"] for report in reports if report["number"] != answers[Path(report["path"]).name]
+    }
+    assert len(reports) - len(wrong) >= 8, wrong
 
 
 @pytest.mark.parametrize("side", [28, 64, 300, 1200])
@@ -80,6 +121,7 @@ PLAIN, SPECKED = ImageOps.invert(DARK), ImageOps.invert(DARK)
 for left, top in ((5, 5), (200, 396), (390, 30)):
     SPECKED.paste(0, (left, top, left + 4, top + 4))
 CLEAR = Image.merge("LA", [Image.new("L", DARK.size), DARK])
+AS_BRIGHT = DARK.point(lambda v: 250 - v), DARK.point(lambda v: 50 + v // 2), Image.new("L", DARK.size)  # green on red
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # the camera was held upright
 VARIANTS = {
@@ -89,13 +131,20 @@ VARIANTS = {
     "turned.jpg": PLAIN.transpose(Image.Transpose.ROTATE_90), "palette.png": CLEAR.convert("RGBA").quantize(16),
     "turned-transparent.png": CLEAR.transpose(Image.Transpose.ROTATE_90), "transparent.png": CLEAR,
     "transparent-chalk.png": Image.merge("LA", [Image.new("L", DARK.size, 255), DARK]),
+    "animated.gif": PLAIN, "as-bright.png": Image.merge("RGB", AS_BRIGHT),
     "16-bit.png": Image.fromarray(np.asarray(PLAIN, np.uint16) * 100 + 4000), "float.tiff": PLAIN.convert("F"),
 }  # fmt: skip
+
+SAVED_WITH = {
+    "animated.gif": {"save_all": True, "append_images": [PLAIN]},
+    **{name: {"exif": TURNED} for name in VARIANTS if name.startswith("turned")},
+}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_should_not_matter_does_not(name: str, tmp_path: Path) -> None:
-    VARIANTS[name].save(tmp_path / name, **({"exif": TURNED} if name.startswith("turned") else {}))
+    first = Image.new("L", PLAIN.size, 255) if name == "animated.gif" else VARIANTS[name]
+    first.save(tmp_path / name, **SAVED_WITH.get(name, {}))
     PLAIN.save(tmp_path / "plain.png")
     shown, (digit,) = read_number(tmp_path / name)
     assert shown.mode == "RGB"
