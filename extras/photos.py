@@ -35,7 +35,7 @@ OVERVIEW_SIZE = 128  # pixels a side, to find rows: a digit in a row of ten is s
 SKEW_SIZE = 32  # pixels a side, to tell ink from paper by its rarity
 WINDOW = 2 / 5  # of the shorter side: wider than strokes, narrower than most shadows and sheets
 NARROW = 3 / 4  # of a digit's height, once it is known: anything wider is no stroke
-POLARITY, USUAL = 0.6, 0.5  # weight of stroke likeness against asymmetry; what dark ink, the usual one, has ahead
+POLARITY, USUAL = 3 / 4, 1.0  # weight of stroke likeness against asymmetry; what dark ink, the usual one, has ahead
 BORDER = 0.25  # at most, of asymmetry: a tight digit has paper at the border, a sheet on a desk does not
 TILE, SOLID = 1 / 4, 0.9  # of the longer side, and of an edge: a smaller or less solid rectangle is no tile
 MIN_CONTRAST = 0.03  # of the paper's brightness: fainter marks are paper
@@ -199,11 +199,11 @@ def find_digits(gray: Tensor) -> list[Tensor]:
         if rows := find_digits(gray[top:bottom, left:right]):
             return rows
     pixel, side = math.ceil(OVERVIEW_SIZE / max(gray.shape)), min(small.shape)
-    dark, light = (find_rows(marks, int(WINDOW * side), pixel, 1)[0] for marks in (small, 1 - small))
+    dark, light = (sum(find_rows(marks, int(WINDOW * side), pixel, 1)[0], []) for marks in (small, 1 - small))
     likeness = USUAL + stroke_likeness(dark) - stroke_likeness(light)
     if not dark or (light and asymmetry(small) > POLARITY * likeness):
         gray, small, dark = 1 - gray, 1 - small, light
-    window = min(side // 3, int(NARROW * typical_height([part for row in dark for part in row])))
+    window = min(side // 3, int(NARROW * typical_height(dark)))
     rows, paper = find_rows(small, window, pixel, FAINT)
     return [torch.stack(digits) for digits in (cut_row(gray, paper, row) for row in rows) if digits]
 
@@ -277,7 +277,7 @@ def rows_of(core: list[Part], parts: list[Part]) -> list[list[Part]]:
     rows: list[list[Part]] = []
     tall = [part for part in core if part.height >= MIN_HEIGHT * height]
     for part in sorted(tall, key=lambda part: part.left):
-        near = [row for row in rows if part.is_in_line(row[-1])]
+        near = [r for r in rows if part.is_in_line(r[-1]) or (len(tall) == 2 and part.gap(r[-1]) < NEAR * height)]
         max(near, key=lambda row: row[-1].right).append(part) if near else rows.append([part])
     for part in (part for part in parts if part not in tall):
         row = min(rows, key=lambda row: min(map(part.gap, row)))
@@ -335,10 +335,10 @@ def mask_of(parts: list[Part], like: Tensor) -> Tensor:
     return mask
 
 
-def stroke_likeness(rows: list[list[Part]]) -> float:
-    """Logarithm of area / width², where the width of a stroke is 2 area / perimeter; 0 without ink."""
-    mask = mask_of([part for row in rows for part in row], torch.empty(OVERVIEW_SIZE, OVERVIEW_SIZE)).float()
-    return math.log(outline(mask) ** 2 / 4 / mask.sum().item()) if rows else 0.0
+def stroke_likeness(parts: list[Part]) -> float:
+    """Logarithm of a part's mean area / width², where the width of a stroke is 2 area / perimeter; 0 without ink."""
+    mask = mask_of(parts, torch.empty(OVERVIEW_SIZE, OVERVIEW_SIZE)).float()
+    return math.log(outline(mask) ** 2 / 4 / mask.sum().item() / len(parts)) if parts else 0.0
 
 
 def asymmetry(gray: Tensor) -> float:

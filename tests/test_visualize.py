@@ -128,7 +128,7 @@ def test_own_images(call: Callable, trained: Path, predictions: Predictions, tmp
 
     figure = viz.plot_images(*plot.call_args.args)
     assert_legible(figure)
-    panels, (digits, reports) = np.reshape(figure.axes, (-1, 3)), plot.call_args.args[2:]
+    panels, (digits, reports) = np.reshape(figure.axes, (-1, 3)), plot.call_args.args[1:]
     for (image, read, chart), name, its_digits, report in zip(panels, scans, digits, reports):
         assert image.get_title("left") and name.endswith(image.get_title("left")[-5:])
         assert read.get_title("left") == f"reads {report['number']}"
