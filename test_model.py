@@ -141,8 +141,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.export:
         from extras import export
 
-        write = export.export_onnx if args.export.suffix == ".onnx" else export.export_page
-        print(f"Wrote {args.export}: {write(model, args.export)}")
+        to_onnx = args.export.suffix == ".onnx"
+        done = export.export_onnx(model, args.export) if to_onnx else export.export_page(model, args.export, checkpoint)
+        print(f"Wrote {args.export}: {done}")
         return 0
     if args.images:
         from extras import photos

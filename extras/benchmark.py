@@ -31,7 +31,6 @@ sys.path.insert(0, str(ROOT))
 import train
 import utils
 from extras import several
-from model import Net
 
 CPU = torch.device("cpu")
 THREADS = torch.get_num_threads()  # PyTorch's default, before train.py's is set
@@ -125,14 +124,6 @@ def train_py() -> Work:
     return partial(train_on, IMAGES), IMAGES
 
 
-def evaluation() -> Work:
-    """The logits of the whole test set."""
-    test_split = utils.load_mnist(ROOT / "data", train=False, device=CPU)
-    model = utils.to_device(Net(), CPU)
-    utils.predict(model, test_split.images[:1000])
-    return partial(utils.predict, model, test_split.images), len(test_split.labels)
-
-
 PLAIN = Contender(f"plain way: 2 workers, {THREADS} threads", partial(plain_way, 2), THREADS)
 PLAIN_AT_ITS_FASTEST = Contender("plain way: 1 worker, 1 thread", partial(plain_way, 1))
 TRAINING = [
@@ -142,9 +133,6 @@ TRAINING = [
     Contender("train.py --threads 2", train_py, threads=2),
     Contender("train.py --runs 2", train_py, processes=2),
 ]
-EVALUATION = Contender("evaluation", evaluation)
-
-
 SPIN = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with its parent
 
 
@@ -185,7 +173,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=utils.positive, default=5, help="timings of each (default: %(default)s)")
     args = parser.parse_args()
 
-    contenders = [*TRAINING, EVALUATION, *(row._replace(busy=True) for row in TRAINING)]
+    contenders = [*TRAINING, *(row._replace(busy=True) for row in TRAINING)]
     timings: dict[Contender, list[float]] = {contender: [] for contender in contenders}
     for repeat in range(args.repeats):
         for contender, rates in timings.items():
@@ -197,7 +185,6 @@ def main() -> None:
     print(f"{several.available_cores()} cores, {torch.backends.cpu.get_cpu_capability()}; torch {torch.__version__}")
     print(f"Medians of {args.repeats}\n")
     print_table(medians)
-    print(f"\nEvaluation of 10,000 images: {10_000 / medians[EVALUATION]:.2f} s")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import base64
 import copy
 import json
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -75,20 +76,30 @@ def check_onnx(path: Path, model: Net, images: Tensor) -> str:
     return f"checked with onnxruntime: logits differ by at most {difference:.1e}"
 
 
-def export_page(model: Net, path: Path) -> str:
-    """Write assets/draw.html with the weights of `model` to `path`; returns what to do with it.
+def export_page(model: Net, path: Path, checkpoint: dict[str, Any]) -> str:
+    """Write assets/draw.html with the weights of `model`, of `checkpoint`, to `path`; returns what to do with it.
 
     Raises UserError if the page has no such layers. The page itself refuses a network whose logits it cannot repeat.
     """
     page = PAGE.read_bytes().decode()
     digit = re.search('"digit": "(.*?)"', page)[1]
     constants = {name: value for name, value in vars(photos).items() if isinstance(value, (int, float))}
-    parts = {"network": page_network(model, page, digit), "constants": {**constants, "SURE": utils.SURE}}
+    network = {**page_network(model, page, digit), "handwriting": handwriting(checkpoint)}
+    parts = {"network": network, "constants": {**constants, "SURE": utils.SURE}}
     for name, part in parts.items():
         page = re.sub(f'(?<=<script id="{name}" type="application/json">).*', json.dumps(part) + "</script>", page)
     with utils.atomic_write(path) as temporary:
         temporary.write_bytes(page.encode())
     return "open it in a browser"
+
+
+def handwriting(checkpoint: dict[str, Any]) -> str:
+    """A sentence on what the network of `checkpoint` has learnt from; "" if that was another data set than MNIST."""
+    mnist = utils.load_mnist(utils.ROOT / "data", train=True, device=torch.device("cpu"))
+    if zlib.crc32(mnist.images.numpy()) != checkpoint["data_crc"]:
+        return ""
+    strokes = ", with flags drawn onto ones, bars through sevens, tails under nines and slashes through zeros"
+    return "It has learnt American handwriting (MNIST)" + strokes * checkpoint["recipe"]["variants"] + "."
 
 
 def page_network(model: Net, page: str, digit: str) -> dict[str, Any]:

@@ -198,12 +198,12 @@ def find_digits(gray: Tensor) -> list[Tensor]:
         top, bottom, left, right = (round(n * len(gray) / len(small)) for n in tile)
         if rows := find_digits(gray[top:bottom, left:right]):
             return rows
-    pixel, side = math.ceil(OVERVIEW_SIZE / max(gray.shape)), min(small.shape)
-    dark, light = (sum(find_rows(marks, int(WINDOW * side), pixel, 1)[0], []) for marks in (small, 1 - small))
+    pixel, window = math.ceil(OVERVIEW_SIZE / max(gray.shape)), int(WINDOW * min(small.shape))
+    dark, light = ([p for row in find_rows(x, window, pixel, 1)[0] for p in row] for x in (small, 1 - small))
     likeness = USUAL + stroke_likeness(dark) - stroke_likeness(light)
     if not dark or (light and asymmetry(small) > POLARITY * likeness):
         gray, small, dark = 1 - gray, 1 - small, light
-    window = min(side // 3, int(NARROW * typical_height(dark)))
+    window = min(window, int(NARROW * typical_height(dark)))
     rows, paper = find_rows(small, window, pixel, FAINT)
     return [torch.stack(digits) for digits in (cut_row(gray, paper, row) for row in rows) if digits]
 

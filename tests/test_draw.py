@@ -22,6 +22,7 @@ from extras import export, photos
 from model import Net
 
 PAGE = ROOT / "assets" / "draw.html"
+OTHER_DATA = {"data_crc": 0}  # a checkpoint of another data set than MNIST
 
 # Strokes of each digit: points (x, y) in percent of the sheet, y downwards.
 DIGITS = {
@@ -141,6 +142,7 @@ DRAWINGS = {  # strokes and the answer
     "barred 7": ([[(30, 24), (50, 22), (68, 20), (60, 44), (50, 82)], [(34, 54), (50, 52), (72, 50)]], "7"),
     "4 with a gap": ([[(40, 20), (36, 36), (32, 52), (44, 53), (55, 52)], [(58, 20), (59, 60), (58, 82)]], "4"),
     "a dot": ([[(50, 50)]], "1"),
+    "a scribble": ([[(20, 70), (70, 30), (30, 40), (80, 75), (50, 15), (25, 55), (75, 50)]], "(nine looks disagree)"),
     "leaning 77": ([[(x + 12, 30), (x + 34, 29), (x + 24, 55), (x + 16, 80)] for x in (0, 20)], "77"),
 }
 
@@ -149,7 +151,7 @@ DRAWINGS = {  # strokes and the answer
 def test_drawing_is_read(page, name: str):
     strokes, answer = DRAWINGS[name]
     draw(page, strokes, {"8": "pen", "3": "touch"}.get(name, "mouse"))
-    assert text(page, "answer") == answer
+    assert text(page, "answer").endswith(answer) if "(" in answer else text(page, "answer") == answer
 
 
 @pytest.mark.parametrize("number, answer", [("4", "4, or perhaps 9"), ("141", "141, or perhaps 191")])
@@ -249,8 +251,9 @@ def deeper() -> Net:
 def test_networks_are_exported(browser, test_split: utils.Split, tmp_path: Path, monkeypatch, make):
     monkeypatch.setitem(network.ACTIVATIONS, "gelu", torch.nn.GELU)
     model, images = make().eval(), test_split.images[:20]
-    export.export_page(model, tmp_path / "draw.html")
+    export.export_page(model, tmp_path / "draw.html", OTHER_DATA)
     browser.get((tmp_path / "draw.html").as_uri())
+    assert "MNIST" not in text(browser, "handwriting") and "digit" not in text(browser, "title") + text(browser, "hint")
     logits = run_network(browser, "forward(network, bytes(image)).logits", images)
     torch.testing.assert_close(logits, utils.predict(model, images), atol=1e-3, rtol=0)
 
@@ -267,7 +270,7 @@ def test_network_that_the_page_cannot_run_is_not_exported(tmp_path: Path, layer:
     model.set_submodule(layer, NOT_EXPORTED[layer])
     words = "Mish; add it to ACTIVATIONS in assets/draw.html" if layer == "act" else "draw.html cannot run this network"
     with pytest.raises(utils.UserError, match=re.escape(words)):
-        export.export_page(model.eval(), tmp_path / "draw.html")
+        export.export_page(model.eval(), tmp_path / "draw.html", OTHER_DATA)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -276,5 +279,5 @@ def test_network_that_the_page_cannot_run_is_not_exported(tmp_path: Path, layer:
 def test_page_whose_logits_would_differ_refuses_itself(browser, tmp_path: Path, layer: str, other: torch.nn.Module):
     model = network.load_pretrained()
     model.set_submodule(f"blocks.2.{layer}", other)
-    export.export_page(model.eval(), tmp_path / "draw.html")
+    export.export_page(model.eval(), tmp_path / "draw.html", OTHER_DATA)
     assert refuses(browser, tmp_path)

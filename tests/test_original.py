@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
-from conftest import RELEASED, ROOT, mnist
+from conftest import CPU, RELEASED, ROOT, mnist
 from PIL import ImageOps
 from test_photos import MNIST, photo, scan
 
@@ -71,7 +71,8 @@ def test_scripts_work_from_any_folder_on_the_repositorys_own_data(run, tmp_path:
 
 
 def test_the_page_has_the_released_weights(tmp_path: Path) -> None:
-    export.export_page(load_pretrained(), tmp_path / "draw.html")
+    model, checkpoint = utils.load_model(RELEASED, CPU)
+    export.export_page(model, tmp_path / "draw.html", checkpoint)
     assert (tmp_path / "draw.html").read_bytes() == (ROOT / "assets/draw.html").read_bytes()
 
 
