@@ -79,7 +79,6 @@ def test_the_page_has_the_released_weights(tmp_path: Path) -> None:
 KINDS = {  # of pictures: the digits in each, how many there are, and the picture
     "scan": (1, 80, lambda i: scan(i, seed=i) if i % 4 else ImageOps.invert(scan(i, seed=i))),
     **{kind: (1, 20, partial(photo, kind)) for kind in ("lined", "shadow", "desk", "island")},
-    "number": (4, 10, partial(photo, "number")),
 }
 
 

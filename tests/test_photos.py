@@ -10,12 +10,11 @@ from typing import Callable
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, mnist
+from conftest import ROOT, mnist
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
-import utils
-from extras.photos import classify, find_images, read_files, read_number, second_guess
+from extras.photos import find_images, read_files, read_number, second_guess
 from model import load_pretrained
 from utils import UserError
 
@@ -91,16 +90,13 @@ def likeness(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("kind", ["form", "circled", "underlined", "tile", "long", "leaning", "two rows"])
 def test_numbers_are_read(kind: str, tmp_path: Path) -> None:
     """Eight of ten pictures of each kind at least."""
-    answers = {}
-    for k in range(10):
+    paths, answers = [tmp_path / f"{k}.png" for k in range(10)], []
+    for k, path in enumerate(paths):
         image, answer = number(kind, k)
-        image.save(tmp_path / f"{k}.png")
-        answers[f"{k}.png"] = answer
-    reports = [report for _, _, report in read_files(load_pretrained(), find_images([tmp_path]))]
-    wrong = {
-        report["path"]: report["number"] for report in reports if report["number"] != answers[Path(report["path"]).name]
-    }
-    assert len(reports) - len(wrong) >= 8, wrong
+        image.save(path)
+        answers.append(answer)
+    found = [report["number"] for _, _, report in read_files(load_pretrained(), paths)]
+    assert sum(ours == answer for ours, answer in zip(found, answers)) >= 8, (found, answers)
 
 
 @pytest.mark.parametrize("side", [28, 64, 300, 1200])
@@ -213,14 +209,6 @@ def test_json_and_labels(call: Callable, refuse: Callable, trained: Path, tmp_pa
     assert image["path"] == str(tmp_path / "scans" / "a.png") and image["number"] == "7"
     assert image["confidence"] == max(shares) and sum(shares) == pytest.approx(1)
     refuse("test_model.py", "--checkpoint", trained / "model.pt", "--labels", words=["--labels goes with --images"])
-
-
-def test_unsure_digits_are_looked_at_nine_times(trained: Path) -> None:
-    model, _ = utils.load_model(trained / "model.pt", CPU)
-    images = MNIST.images[:100]
-    expected = utils.predict(model, images, tta=True).softmax(1)
-    assert torch.equal(classify(model, images[:, 0]), expected)
-    assert not torch.equal(utils.predict(model, images).softmax(1), expected)
 
 
 def test_command_line(trained: Path, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from conftest import CPU, MAINS, ROOT, idx, mnist
 
 import utils
 import visualize_errors
-from extras import export
 from model import Net, count_parameters
 
 
@@ -122,15 +121,3 @@ def test_onnx_gives_the_same_logits(call, trained: Path, tmp_path: Path) -> None
         x = torch.randn(batch, 1, 28, 28)
         (logits,) = session.run(None, {"image": x.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), model(x).detach(), atol=1e-4, rtol=1e-4)
-
-
-def test_onnx_that_cannot_be_is_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-
-    class Branching(Net):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x if x.mean() > 0 else -x)
-
-    with pytest.raises(utils.UserError, match=r"^not exported, torch.onnx cannot express this network: [ -~]*$"):
-        export.export_onnx(Branching().eval(), tmp_path / "m.onnx")
-    assert not any(tmp_path.iterdir())

@@ -158,22 +158,6 @@ def test_every_flag_changes_what_it_says_and_what_is_learnt(name: str, build, mo
     assert {part for part, equal in zip(before, same) if not equal} == {*expected, "trained"}
 
 
-def test_threads_are_set(build) -> None:
-    before = torch.get_num_threads()
-    for flags, threads in (("--threads 2", 2), ("", 1)):
-        build(flags)
-        assert torch.get_num_threads() == threads
-    torch.set_num_threads(before)
-
-
-def test_recipe_in_a_program() -> None:
-    """Whole numbers are numbers; as many of them as there are."""
-    assert Recipe(rotation=10, dropout=(0, 0, 0, 0)) == Recipe(dropout=(0.0, 0.0, 0.0, 0.0))
-    for wrong in ({"dropout": (0.1,)}, {"dropout": 0.1}, {"epochs": 1.5}, {"epochs": "2"}, {"activation": "tanh"}):
-        with pytest.raises(utils.UserError, match=f"--{next(iter(wrong))}"):
-            Recipe(**wrong)
-
-
 OUT_OF_RANGE = {
     "--epochs 0": "--epochs 0", "--lr nan": "--lr nan", "--lr 0.2": "above --peak-lr", "--width 33": "from 1 to 32",
     "--dropout 0.1 0.2 0.3 0.96": "--dropout 0.1 0.2 0.3 0.96", "--hard-fraction 1.1": "from 0 to 1",
