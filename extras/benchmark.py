@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 THREADS = torch.get_num_threads()  # PyTorch's default, before train.py's is set
 IMAGES = 6400  # trained on in one timing: 100 steps
 
-Work = tuple[Callable[[], object], int]  # what is timed, after its warm-up, and the images that it reads
+Work = Callable[[], object]  # what is timed, after its warm-up: training on so many IMAGES
 
 
 class Contender(NamedTuple):
@@ -109,7 +109,7 @@ def plain_way(workers: int) -> Work:
     batches, model = iter(plain_loader(workers)), plain_network()
     optimizer = plain_optimizer(model)
     plain_epoch(model, optimizer, islice(batches, 16))  # until the workers' first batches are used up
-    return lambda: plain_epoch(model, optimizer, islice(batches, IMAGES // 64)), IMAGES
+    return lambda: plain_epoch(model, optimizer, islice(batches, IMAGES // 64))
 
 
 def train_py() -> Work:
@@ -121,7 +121,7 @@ def train_py() -> Work:
         train.train_epoch(run, epoch=0)
 
     train_on(640)
-    return partial(train_on, IMAGES), IMAGES
+    return partial(train_on, IMAGES)
 
 
 PLAIN = Contender(f"plain way: 2 workers, {THREADS} threads", partial(plain_way, 2), THREADS)
@@ -152,11 +152,11 @@ def images_per_second(contender: Contender) -> float:
 def time_here(_rank: int, contender: Contender, start: Any, rates: Any) -> None:
     """In a process of its own: get ready, wait for the others at `start`, put images per second into `rates`."""
     torch.set_num_threads(contender.threads)
-    work, images = contender.prepare()
+    work = contender.prepare()
     start.wait()
     began = time.perf_counter()
     work()
-    rates.put(images / (time.perf_counter() - began))
+    rates.put(IMAGES / (time.perf_counter() - began))
 
 
 def print_table(rates: dict[Contender, float]) -> None:

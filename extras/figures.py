@@ -201,7 +201,7 @@ def print_photos(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("figure", choices=("variants", "accuracy", "photos"))
-    parser.add_argument("folder", type=Path, nargs="?", default="photos", help="of DIR/KIND/NUMBER/IMAGE")
+    parser.add_argument("folder", type=Path, nargs="?", default="photos", help="of DIR/KIND/NUMBER/IMAGE, all readable")
     args = parser.parse_args()
     if args.figure == "photos":
         return print_photos(args.folder)

@@ -46,10 +46,10 @@ MIN_PIXELS, MAX_PARTS, MAX_POINTS = 4, 60, 1500  # smaller parts, and more, are 
 MIN_PART = 0.03  # of the heaviest part's ink: smaller parts are specks
 MIN_FREE = 0.003  # of the heaviest part's ink: a part of this size, away from the border, is the digit
 ENCLOSED = 0.05  # of a part's ink: with as much inside, it is a frame; specks in a zero are less
+FLAT = 8  # times its own height: a part that is wider, and wider than digits are high, is a ruled line
 # Shares of a digit's height:
-FLAT = 8  # times its own height: a wider part is a ruled line, if it is also wider than digits are high
-MIN_HEIGHT, SMALL = 1 / 2, 0.35  # a lower part starts no row, and is no digit; zeros are half as high as others
-CRACK, LOW, NEAR = 0.08, 0.6, 1 / 2  # gaps: a low part is a stroke of a digit a crack away, a small one of one near it
+MIN_HEIGHT, SMALL = 1 / 2, 0.35  # a part lower than the first starts no row; lower than the second, it is no digit
+CRACK, LOW, NEAR = 0.08, 0.6, 1 / 2  # a part under LOW joins a digit a CRACK away, one under SMALL a digit NEAR it
 ROOM = 0.15  # around a row may be ink that the overview was too coarse to see
 FINE, MAX_ZOOM = 80, 16  # pixels: the height at which digits are cut out; the most that the overview is enlarged
 DIGIT_SIZE = 20  # MNIST's digits fit into 20 x 20 of the 28 x 28 pixels
@@ -65,7 +65,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     An image has an ending that Pillow reads, and is not hidden. A warning names the other files. A folder without any
     image stands for itself.
     """
-    paths = [found for path in paths for found in (sorted(map(Path, glob.glob(str(path)))) or [path])]
+    paths = [f for p in paths for f in ([p] if os.path.exists(p) else sorted(map(Path, glob.glob(str(p)))) or [p])]
     readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found, skipped = [], []
     for path in paths:
@@ -105,8 +105,7 @@ def open_image(path: str | Path) -> Image.Image:
     if os.path.isdir(path):
         raise UserError(f"{path}: no images in this folder")
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # Pillow warns of large and odd files
+        with warnings.catch_warnings(record=True), Image.open(path) as image:  # Pillow warns of large and odd files
             width, height = image.size
             if min(width, height) < MIN_SIDE:
                 raise ValueError(f"{width} x {height} pixels are too few, {MIN_SIDE} a side are needed")
@@ -124,9 +123,9 @@ def open_image(path: str | Path) -> Image.Image:
             reason = needs if lacks else "no image Pillow can read"
         raise UserError(f"{path}: {reason}") from error
     if image.mode[0] in "IF":
-        values = np.asarray(image, np.float32)  # of 16 bits or in floating point: from the darkest to the lightest
+        values = np.asarray(ImageOps.exif_transpose(image), np.float32)  # 16 bits or floating point, to be stretched
         image = Image.fromarray(np.uint8((values - values.min()) * (255 / max(np.ptp(values), 1e-6))))
-    elif image.mode not in ("L", "RGB"):
+    elif image.mode not in ("L", "RGB") or image.has_transparency_data:
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     image = ImageOps.exif_transpose(image.reduce(math.ceil(max(image.size) / WORK_SIZE)))
     return (on_backdrop(image) if image.mode == "RGBA" else image).convert("RGB")
@@ -173,7 +172,7 @@ class Part:
         self.height, self.width = self.bottom - self.top, self.right - self.left
 
     def gap(self, other: Part) -> int:
-        """How far apart the boxes are, along the row or across it."""
+        """How far apart the boxes are, along the row or across it, whichever is more; 0 where they meet."""
         along = max(self.left, other.left) - min(self.right, other.right)
         return max(along, max(self.top, other.top) - min(self.bottom, other.bottom), 0)
 
@@ -183,19 +182,19 @@ class Part:
         return is_between and other.top < self.top and self.bottom < other.bottom
 
     def is_in_line(self, other: Part) -> bool:
-        """Whether the lower one of the two is beside the other for half of its height."""
+        """Whether more than half of the height of the less high one is beside the other."""
         return min(self.bottom, other.bottom) - max(self.top, other.top) > min(self.height, other.height) / 2
 
 
 def find_digits(gray: Tensor) -> list[Tensor]:
     """The digits in brightness (H, W), 0 to 1, as in MNIST: uint8 (N, 28, 28) for each row from the top.
 
-    The ink is dark or light, whichever marks look more like strokes. Rows are found in an overview twice. The second
-    time the paper is what is wider than the strokes of these digits.
+    The ink is dark or light: what looks more like strokes, is rarer and is not at the border. Rows are found in an
+    overview twice. The second time the height of the digits is known, and paper is what is wider than their strokes.
     """
     small = fit_within(gray, OVERVIEW_SIZE)
     if tile := find_tile(small):
-        top, bottom, left, right = (round(n * len(gray) / len(small)) for n in tile)
+        top, bottom, left, right = (round(n * max(gray.shape) / OVERVIEW_SIZE) for n in tile)
         if rows := find_digits(gray[top:bottom, left:right]):
             return rows
     pixel, window = math.ceil(OVERVIEW_SIZE / max(gray.shape)), int(WINDOW * min(small.shape))
@@ -246,7 +245,8 @@ def find_parts(depth: Tensor, level: float) -> list[Part]:
 def find_rows(gray: Tensor, window: int, pixel: int, faint: float) -> tuple[list[list[Part]], Tensor]:
     """The dark ink of (H, W) that may be digits, as rows from the top, and the paper (H, W).
 
-    A pixel of the image is `pixel` pixels wide here; ink that touches ink need be only `faint` times as dark.
+    Marks narrower than `window` pixels are ink. A pixel of the image is `pixel` pixels wide here. Ink that touches ink
+    need be only `faint` times as dark.
     """
     side, width = window // 2 * 2 + 1, 2 * pixel + 1
     paper = -dilate(-dilate(gray, side), side)  # a closing: without the dark marks that are narrower
@@ -288,9 +288,9 @@ def rows_of(core: list[Part], parts: list[Part]) -> list[list[Part]]:
 
 
 def cut_row(gray: Tensor, paper: Tensor, row: list[Part]) -> list[Tensor]:
-    """The digits of a `row` that was found in an overview, from the left, each uint8 (28, 28)."""
-    height = typical_height(row)
-    room, zoom = max(1, round(ROOM * height)), min(FINE / height, MAX_ZOOM)
+    """The digits of a `row` of the overview `paper` (h, w), cut from `gray` (H, W), from the left: uint8 (28, 28)."""
+    height, pixel = typical_height(row), math.ceil(len(paper) / len(gray))
+    room, zoom = max(pixel, round(ROOM * height)), min(FINE / height, MAX_ZOOM)
     top, bottom = max(0, min(p.top for p in row) - room), min(len(paper), max(p.bottom for p in row) + room)
     left, right = max(0, min(p.left for p in row) - room), min(paper.shape[1], max(p.right for p in row) + room)
     size = round(zoom * (bottom - top)), round(zoom * (right - left))
@@ -396,7 +396,7 @@ def read_files(model: nn.Module, files: Sequence[Path]) -> Iterator[tuple[Image.
             yield image, digits, describe(path, classify(model, digits), list(map(len, rows)))
 
 
-def describe(path: Path, probabilities: Tensor, rows: Sequence[int] = ()) -> dict[str, Any]:
+def describe(path: Path, probabilities: Tensor, rows: Sequence[int]) -> dict[str, Any]:
     """The report on one image whose digits have `probabilities` (N, 10), with so many in each of its `rows`."""
     confidences, digits = probabilities.max(1)
     number, doubt = digits_to_text(digits, rows), second_guess(probabilities, rows)
