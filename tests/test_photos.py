@@ -60,11 +60,11 @@ def number(kind: str, k: int) -> tuple[Image.Image, str]:
     """The `k`-th picture of a `kind`, and the digits that are in it: test digits beside each other in dark ink."""
     indices = [10 * k + i for i in range({"long": 10, "tile": 1, "circled": 1 + k % 3, "two rows": 4}.get(kind, 3))]
     room, side = {"long": 10, "form": 40}.get(kind, 35), 140
-    row, x = Image.new("L", (2000, 500)), 100
+    row, x = Image.new("L", (2000, 500)), 300
     for place, digit in enumerate(ink(index, side) for index in indices):
         left, top, right, bottom = digit.getbbox()
         down = 220 if kind == "two rows" and place > 1 else 0
-        row.paste(digit.crop(digit.getbbox()), (x - (down > 0 and 300), 100 + (side - bottom + top) // 2 + down))
+        row.paste(digit.crop(digit.getbbox()), (x - (down > 0 and 250), 100 + (side - bottom + top) // 2 + down))
         if kind == "form":
             ImageDraw.Draw(row).rectangle((x - 20, 80, x + right - left + 20, 260), outline=200, width=3)
         x += right - left + room
