@@ -81,13 +81,14 @@ def print_report(path: Path, results: dict[str, Any]) -> None:
         print(f"{digit:3d}" + "".join(f"{count or '.':>6}" for count in row))
 
 
-def read_images(model: Net, files: Sequence[Path], labels: bool = False) -> dict[str, Any]:
-    """Everything that is reported of the `files` that can be read, ready for JSON; shares are from 0 to 1.
+def read_images(model: Net, paths: Sequence[Path], labels: bool = False) -> tuple[dict[str, Any], int]:
+    """Everything that is reported of the images in `paths`, ready for JSON, and how many could not be read.
 
-    With `labels` the name of an image's folder is the right answer, and the accuracy is reported too.
+    With `labels` the name of an image's folder is the right answer, and the accuracy, from 0 to 1, is reported too.
     """
     from extras import photos
 
+    files = photos.find_images(paths)
     images = [report for _, _, report in photos.read_files(model, files)]
     results: dict[str, Any] = {"images": images}
     if labels and images:
@@ -95,7 +96,7 @@ def read_images(model: Net, files: Sequence[Path], labels: bool = False) -> dict
             image["label"] = Path(image["path"]).absolute().parent.name
         right = sum(image["number"] == image["label"] for image in images)
         results.update(accuracy=right / len(images), right=right, labelled=len(images))
-    return results
+    return results, len(files) - len(images)
 
 
 def print_images(results: dict[str, Any]) -> None:
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     device = torch.device("cpu") if args.export else utils.choose_device(args.device)
     model, checkpoint = utils.load_model(args.checkpoint, device)
-    status = 0
+    unread = 0
     if args.export:
         from extras import export
 
@@ -146,11 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Wrote {args.export}: {done}")
         return 0
     if args.images:
-        from extras import photos
-
-        files = photos.find_images(args.images)
-        results = read_images(model, files, args.labels)
-        status = int(len(results["images"]) < len(files))  # 1 if some cannot be read
+        results, unread = read_images(model, args.images, args.labels)
     else:
         split = utils.load_split(args.split, args.data_dir, checkpoint, device)
         results = {"split": args.split, **evaluate(model, split, args.tta)}
@@ -162,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         print_report(args.checkpoint, results)
     if args.json not in (None, "-"):
         utils.write_json(Path(args.json), results)
-    return status
+    return int(unread > 0)
 
 
 if __name__ == "__main__":
