@@ -117,7 +117,7 @@ def layer_table(model: nn.Module) -> list[Layer]:
 
     Receptive fields: r_out = r_in + (k - 1) * jump_in and jump_out = stride * jump_in (Araujo et al., "Computing
     Receptive Fields of Convolutional Neural Networks", Distill 2019). They are None where a
-    layer's input has another size than the output before it: after a branch. Activations and dropout have no row.
+    layer's input has another size than the output before it, as after most branches. Activations and dropout have none.
     """
     image = (1, IMAGE_SIZE, IMAGE_SIZE)
     rows = [Layer("Input", image, image, 1, 1, 1, (), 0)]
@@ -142,9 +142,8 @@ def layer_table(model: nn.Module) -> list[Layer]:
         name = kind if kind == "AdaptivePool" else f"{kind}{kinds.count(kind)}"
         rows.append(Layer(name, size_in, size_out, rf, jump_in, jump_out, parameters, macs))
 
-    layers = [
-        m for m in model.modules() if not list(m.children()) and (hasattr(m, "weight") or "Pool" in type(m).__name__)
-    ]
+    leaves = [module for module in model.modules() if not list(module.children())]
+    layers = [leaf for leaf in leaves if hasattr(leaf, "weight") or "Pool" in type(leaf).__name__]
     hooks = [layer.register_forward_hook(describe) for layer in layers]
     was_training = model.training
     model.eval()
@@ -206,4 +205,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from utils import run_script  # here, because utils imports this module
+
+    run_script(main)

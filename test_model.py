@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     elif args.images:
         print_images(results)
     else:
-        print_report(args.checkpoint, results)
+        print_report(utils.find_runs(args.checkpoint)[0], results)
     if args.json not in (None, "-"):
         utils.write_json(Path(args.json), results)
     return int(unread > 0)

@@ -24,7 +24,7 @@ import utils
 from model import ACTIVATIONS, ADAPTIVE_POOLS, MAX_WIDTH, Net, count_parameters
 from utils import Augmentation, Loader, Split, UserError, positive
 
-CHECK_EVERY = 50  # steps between two checks of the loss; a GPU has to wait for each
+CHECKS = 20  # of the loss in an epoch; a GPU has to wait for each
 STATISTICS_EVERY = 12  # one in 12 training images measures the batch statistics of the averaged network
 DISTILL_WEIGHT = 0.7  # of the teachers in the loss
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -127,7 +127,7 @@ class Run:
 def train_epoch(run: Run, epoch: int) -> dict[str, float]:
     """Train epoch number `epoch` (from 0) and return its entry of the history; UserError if the loss is not finite."""
     start, steps, epochs = time.perf_counter(), len(run.loader), run.recipe.epochs
-    learning_rates = run.scheduler.get_last_lr()[:1]  # of the first parameter group, every CHECK_EVERY steps
+    learning_rates = run.scheduler.get_last_lr()[:1]  # of the first parameter group, at the start and each check
     total_loss, correct = torch.zeros(2, device=run.loader.losses.device)
     seen = 0
     run.model.train()
@@ -151,7 +151,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
         total_loss += loss.detach() * len(labels)
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
-        if (step + 1) % CHECK_EVERY == 0 or step + 1 == (epoch + 1) * steps:
+        if (step + 1) * CHECKS // steps > step * CHECKS // steps:  # evenly spaced; the last is after the last step
             mean_loss, accuracy = total_loss.item() / seen, correct.item() / seen
             learning_rates += run.scheduler.get_last_lr()[:1]
             if not math.isfinite(mean_loss):
@@ -301,7 +301,7 @@ def announce(run: Run, device: torch.device, out: Path) -> None:
 def end_epoch(run: Run, entry: dict[str, float], val_split: Split | None, out: Path, writer: Any) -> None:
     """Measure the averaged network, add `entry` to the history, write last.pt and print the log."""
     for ours, theirs in zip(run.average.buffers(), run.model.buffers()):
-        ours.copy_(theirs)  # such as those of other norms
+        ours.copy_(theirs)  # update_bn measures BatchNorm's anew; this is for other layers
     # Batch statistics are measured on plain images: augmented images are blurred, and have others.
     plain = run.loader.split.images[::STATISTICS_EVERY]
     update_bn((images / 255 for images in plain.tensor_split(math.ceil(len(plain) / 500))), run.average)
@@ -402,9 +402,7 @@ def check_same(recipe: Recipe, path: Path, settings: dict[str, Any]) -> None:
     """UserError if some of `settings` differ from `recipe`, which `path` holds."""
     others = {name: getattr(recipe, name) for name, value in settings.items() if value != getattr(recipe, name)}
     if others:
-        given = " ".join(
-            f"{flag(name)} {format_value(value)}" if value else f"no {flag(name)}" for name, value in others.items()
-        )
+        given = " ".join(f"{flag(name)} {format_value(value) or 'none'}" for name, value in others.items())
         raise UserError(f"{path} was made with {given}: --resume cannot change that, nor the schedule that was made "
                         "for it; leave the flag out, or train anew into another --out")  # fmt: skip
 
@@ -469,7 +467,7 @@ def run_several(args: argparse.Namespace, recipe: Recipe) -> int:
         print("\nStopped. Finished epochs are kept; the same command with --resume goes on.", file=sys.stderr)
         return 130
     if failed:
-        raise UserError(f"{', '.join(failed)} failed; the same command with --resume goes on with the rest")
+        raise UserError(f"{', '.join(failed)} failed; once the cause is mended, --resume goes on with the rest")
     several.summarize(args.out, folders, args.data_dir, device)
     return 0
 
@@ -505,7 +503,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     given = {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
     args.overrides = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if "teacher" in given:
-        args.overrides["teacher"] = tuple(str(run) for path in args.teacher for run in utils.find_runs(Path(path)))
+        runs = [run for path in args.teacher for run in utils.find_runs(Path(path))]
+        args.overrides["teacher"] = tuple(str(run.resolve()) for run in runs)
     if args.runs > 1 and given.get("folds"):
         raise UserError("--runs does not go with --folds")
     return args

@@ -49,7 +49,7 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Exit with the status of `main`. A UserError or a failed write is one line on stderr and status 2."""
+    """Exit with the status of `main`. A UserError or an OSError is one line on stderr and status 2."""
     torch.set_num_threads(1)  # more are slower as soon as anything else runs
     with contextlib.suppress(ValueError):  # only the main thread can set signals
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
@@ -64,11 +64,11 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         status = 130
         print("Stopped.", file=sys.stderr)
-    except OSError as error:  # a full disk, or `python test_model.py | head`
-        sys.stdout = None  # or Python would write the rest of the output at exit, and fail again
-        status = 1 if isinstance(error, BrokenPipeError) else 2
-        if status == 2:
-            say("error", f"{error.filename or 'output'}: {error.strerror or error}")
+    except BrokenPipeError:  # `python test_model.py | head`
+        sys.stdout, status = None, 1  # with a stdout Python would write the rest at exit, and fail again
+    except OSError as error:  # a full disk
+        sys.stdout, status = None, 2
+        say("error", f"{error.filename or 'output'}: {error.strerror or error}")
     sys.exit(status)
 
 
@@ -135,7 +135,7 @@ ORDER, DROPOUT, WEIGHTS, REPLACEMENTS = range(4)  # what random numbers are used
 
 
 def derive_seed(seed: int, epoch: int = 0, use: int = ORDER) -> int:
-    """A 64-bit seed for each seed, epoch and use. No two share random numbers, as seed + epoch would."""
+    """A 64-bit seed from seed, epoch and use. No two start the same random numbers, as seed + epoch would."""
     return int(np.random.SeedSequence((seed, epoch, use)).generate_state(1, np.uint64)[0])
 
 
@@ -187,7 +187,7 @@ def download_mnist(data_dir: Path) -> None:
     try:
         MNIST(data_dir, download=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{data_dir} is empty; {one_line(error)}; {NO_DATA_HINT}") from error
+        raise UserError(f"no data set in {data_dir}, and no download: {one_line(error)}; {NO_DATA_HINT}") from error
 
 
 def find_idx(data_dir: Path, name: str) -> Path:
@@ -219,7 +219,7 @@ def read_idx(path: Path) -> Tensor:
             zeros, kind, dims = struct.unpack(">HBB", file.read(4))
             shape = struct.unpack(f">{dims}I", file.read(4 * dims))
             size, declared = math.prod(shape), f"its header declares {' x '.join(map(str, shape))} values"
-            if (zeros, kind) != (0, 8) or size == 0:
+            if (zeros, kind) != (0, 8) or not shape or size == 0:
                 raise ValueError(f"{declared} of kind {kind}")
             data = bytearray(file.read(size + 1))  # one more byte: gzip compares its checksum at the end
     except (OSError, EOFError, MemoryError, OverflowError, ValueError, struct.error, zlib.error) as error:
@@ -238,9 +238,9 @@ def make_splits(everything: Split, train_size: int, val_size: int, folds: int, f
     count = len(everything.labels)
     shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(0)))
     by_class = shuffled[torch.argsort(everything.labels.cpu()[shuffled], stable=True)]
-    held_out = by_class[fold - 1 :: folds] if folds else pick_evenly(by_class, val_size)
+    held_out = by_class[fold - 1 :: folds] if folds else pick_evenly(by_class, min(val_size, count))
     rest = by_class[~torch.isin(by_class, held_out)]
-    if not train_size <= len(rest) or max(10 * folds, val_size) >= count:
+    if train_size > len(rest) or max(10 * folds, val_size) >= count:
         raise UserError(f"--train-size, --val-size or --folds ask for too many of {count:,} images")
     rest = pick_evenly(rest, train_size or len(rest))
     rest, held_out = (everything.select(index.sort().values.to(everything.labels.device)) for index in (rest, held_out))
@@ -398,8 +398,8 @@ def make_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: f
 def make_schedule(optimizer: Optimizer, lr: float, peak_lr: float, warmup: float, steps: int) -> LRScheduler:
     """One cycle (Smith & Topin, 2018); `step()` is called after each step. Any schedule without a metric will do.
 
-    The rate starts at `lr` and rises to `peak_lr` during the first `warmup` (0 to 1) of all `steps`. Then it falls, to
-    reach 0 one step after the last. Both ways are half a cosine. Raises UserError if `lr` is above `peak_lr`.
+    In the first `warmup` (0 to 1; with 0 it starts at the peak) of all `steps` the rate rises from `lr` to `peak_lr`.
+    Then it falls, to reach 0 one step after the last. Both are half a cosine. UserError if `lr` is above `peak_lr`.
     """
     if lr > peak_lr:
         raise UserError(f"--lr {lr} is above --peak-lr {peak_lr}: the cycle rises from one to the other")
@@ -444,17 +444,17 @@ def confusion_matrix(predictions: Tensor, labels: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, and rename it to `path` at the end; after an error it is deleted.
-
-    UserError if the file cannot be written. What a killed process left is overwritten by the next: its name is fixed.
-    """
-    temporary = path.parent / f".{path.name}.tmp"
+    """Yield a temporary path, to be `path` at the end; after an error it is deleted. UserError if writing fails."""
+    target = path.resolve()  # a link stays, and what it points to is replaced
+    temporary = target.parent / f".{target.name}.tmp"  # of a fixed name: what a killed process left is overwritten
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_file():
+            raise OSError("not an ordinary file")  # such as /dev/null, which root could replace
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -470,7 +470,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def save_checkpoint(path: Path, model: nn.Module, **contents: Any) -> None:
     """Write the weights of `model`, the versions and `contents`, atomically."""
-    weights = {name.removeprefix("_orig_mod."): w.cpu().contiguous() for name, w in model.state_dict().items()}
+    weights = {name: weight.cpu().contiguous() for name, weight in model.state_dict().items()}
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
     buffer = io.BytesIO()  # torch.save to a full disk raises a RuntimeError that does not name the file
     torch.save({"model": weights, "versions": versions, **contents}, buffer)
@@ -495,11 +495,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def find_runs(path: Path) -> list[Path]:
-    """The checkpoint `path`, or if it is a folder, each model.pt in it; absolute paths. UserError if there is none."""
+    """`path`, or if it is a folder its model.pt, or else that of each folder in it. UserError if there is none."""
     found = sorted(path.glob("model.pt")) or sorted(path.glob("*/model.pt")) if path.is_dir() else [path]
     if not found:
         raise UserError(f"no model.pt in {path} or one folder below; `python train.py` makes one")
-    return [run.resolve() for run in found]
+    return found
 
 
 def load_model(path: Path, device: torch.device) -> tuple[Net, dict[str, Any]]:
@@ -507,7 +507,7 @@ def load_model(path: Path, device: torch.device) -> tuple[Net, dict[str, Any]]:
 
     Raises UserError as `load_checkpoint` does, and if the weights are not those of the network in model.py.
     """
-    path, *others = find_runs(path) if path.is_dir() else [path]
+    path, *others = find_runs(path)
     if others:
         names = ", ".join(run.parent.name for run in (path, *others))
         raise UserError(f"{path.parent.parent} holds several runs ({names}): name one of these folders")

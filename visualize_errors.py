@@ -97,7 +97,7 @@ def plot_errors(predictions: Predictions, limit: int) -> Figure:
     return figure
 
 
-def percent(probability: Tensor) -> str:
+def percent(probability: Tensor | float) -> str:
     """A probability as text; one below 1 is never "100.0%"."""
     return "> 99.9%" if probability > 0.999 else f"{probability:.1%}"
 
@@ -176,11 +176,11 @@ def plot_explanations(model: Net, predictions: Predictions) -> Figure:
     mistakes = predictions.mistakes()
     shown = mistakes[:EXPLAINED].tolist()
     figure, axes = sheet(
-        f"What speaks for the true and for the predicted digit: {len(shown)} of {len(mistakes):,} mistakes, "
+        f"What matters for the true and for the predicted digit: {len(shown)} of {len(mistakes):,} mistakes, "
         "most confident first",
         "Grad-CAM: where the last convolution wider than 1x1 sees the digit. SmoothGrad: which pixels change its "
-        "score. Bright is strong, on one scale for both digits.\nEmpty corners can be bright: ink that is missing "
-        "there speaks for a digit, too.",
+        "score. Bright is strong, on one scale for both digits.\nWhite: the digit's outline. Empty corners can be "
+        "bright: ink that is missing there speaks for a digit, too.",
         rows=max(1, math.ceil(len(shown) / 2)), columns=10, panel=1.05, gap=(0.16, 0.32),
     )  # fmt: skip
     for panels, i in zip(axes.reshape(-1, 5), shown):
@@ -200,7 +200,7 @@ def plot_explanations(model: Net, predictions: Predictions) -> Figure:
 
 
 def plot_filters(model: Net, predictions: Predictions) -> Figure:
-    """The filters of the first layer, and the maps of each block for the first digit; UserError if it has none."""
+    """The filters of the first layer, and the maps of each block for the first digit. UserError without convolution."""
     image, label = predictions.split.images[0], predictions.split.labels[0]
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     if not convolutions:
@@ -215,26 +215,25 @@ def plot_filters(model: Net, predictions: Predictions) -> Figure:
             for start in range(0, min(len(maps), MAPS_SHOWN), MAPS_IN_ROW)]  # fmt: skip
     figure, axes = sheet(
         f"The learned filters of the first layer, and what each block makes of one {label}",
-        "Filters: grey is 0, black negative, white positive. Maps: dark is weak, bright is strong, on one scale for "
-        "each block",
+        "Filters: grey is 0, black negative, white positive, each on its own scale. Maps: dark is weak, bright is "
+        "strong, on one scale for each block",
         rows=len(rows), columns=2 + MAPS_IN_ROW, panel=0.72, gap=(0.08, 0.12),
     )  # fmt: skip
     show_image(axes[0, 0], image[0])
-    below = f"{predictions.name} digit, read as {predictions.predicted[0]}"
-    axes[0, 0].text(0, -0.1, below, va="top", transform=axes[0, 0].transAxes)
+    axes[0, 0].text(0, -0.1, f"read as {predictions.predicted[0]}", va="top", transform=axes[0, 0].transAxes)
     for row, (name, maps, start) in zip(axes, rows):
         size = f"{maps.shape[1]}x{maps.shape[2]}"
         which = f"{start + 1}–{start + len(maps)} of {len(groups[name])}"
         row[1].text(0, 0.5, f"{name}\n{size}\n{which}", va="center", transform=row[1].transAxes)
-        bound, low = float(groups[name].abs().max()), float(groups[name].min())
-        scale = (-bound, bound, "gray") if name == "filters" else (low, bound, "cividis")
+        low, high = float(groups[name].min()), float(groups[name].max())
         for axis, channel in zip(row[2:], maps):
-            show_image(axis, channel, *scale)
+            bound = float(channel.abs().max())
+            show_image(axis, channel, *((-bound, bound, "gray") if name == "filters" else (low, high, "cividis")))
     return figure
 
 
 def plot_doubts(predictions: Predictions) -> Figure:
-    """Every digit at the mean of the ten answers' places on a circle, weighted by its probabilities, softened."""
+    """A point for each digit: the mean of the answers' places on a circle, weighted by its softened probabilities."""
     labels, mistakes = predictions.split.labels, predictions.mistakes()
     angle = torch.empty(CLASSES)
     angle[CIRCLE_ORDER] = torch.arange(CLASSES) * 2 * math.pi / CLASSES
@@ -242,16 +241,18 @@ def plot_doubts(predictions: Predictions) -> Figure:
     points = predictions.probabilities.log().clamp(min=-100).div(TEMPERATURE).softmax(1) @ places
     colors = COLORS(labels.numpy() % COLORS.N)
     figure, axis = chart((8, 8.4), f"Between the answers: {predictions.summary()}")
-    axis.scatter(*points.t(), s=5, c=colors, linewidths=0, alpha=0.6, label="a digit, in the colour of its label")
+    axis.scatter(*points.t(), s=5, c=colors, linewidths=0, alpha=0.6)
     axis.scatter(
         *points[mistakes].t(), s=min(34, 4000 / max(1, len(mistakes))) + 4, c=colors[mistakes.numpy()],
-        edgecolors="black", linewidths=1, label="a misread digit",
+        edgecolors="black", linewidths=1,
     )  # fmt: skip
+    axis.scatter([], [], s=5, c=MUTED, label="a digit, in the colour of its label")
+    axis.scatter([], [], s=34, c="white", edgecolors="black", label="misread, in the colour of its label")
     for digit, (x, y) in enumerate(1.08 * places):
         disc = {"boxstyle": "circle,pad=0.3", "facecolor": COLORS(digit % COLORS.N), "linewidth": 0}
         axis.text(float(x), float(y), str(digit), ha="center", va="center", weight="bold", color="white", bbox=disc)
     axis.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal", xticks=[], yticks=[])
-    axis.set_xlabel("near a number: sure; between two numbers: in doubt between them")
+    axis.set_xlabel("near a number: sure; elsewhere: at the mean of the numbers that it wavers between")
     axis.spines[:].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2)
     return figure
@@ -281,7 +282,7 @@ def plot_images(originals: list[Image], digits: list[Tensor], reports: list[dict
         right.set(xticks=range(CLASSES), yticks=[], ylim=(0, 1))
         right.tick_params(length=0, labelsize=8)
         place = f"digit {report['digits'].index(least) + 1} of {len(shown)}" if len(shown) > 1 else ""
-        right.set_title(f"{place}  {least['confidence']:.1%}".strip(), loc="right", color=MUTED)
+        right.set_title(f"{place}  {percent(least['confidence'])}".strip(), loc="right", color=MUTED)
     return figure
 
 
@@ -413,14 +414,14 @@ def draw_images(args: argparse.Namespace, model: Net) -> int:
     return 0 if len(found) == len(paths) else 1
 
 
-def show_windows(folder: Path) -> None:
-    """Show the pictures in `folder` in windows, until they are closed."""
+def show_windows(folder: Path, pictures: str) -> None:
+    """Show the `pictures` (a pattern) in `folder` in windows, until they are closed."""
     import matplotlib.pyplot as plt
 
     if plt.get_backend().lower() == "agg":
         utils.say("warning", "--show: no window can be opened here; the files are written all the same")
         return
-    for path in sorted(folder.glob("*.png")):
+    for path in sorted(folder.glob(pictures)):
         plt.figure(path.name).figimage(plt.imread(path), resize=True)
     plt.show()
 
@@ -449,7 +450,7 @@ def main(argv: list[str] | None = None) -> int:
     with matplotlib.style.context(["default", STYLE]):
         status = draw_images(args, model) if args.images else draw_split(args, model, checkpoint, device)
     if args.show:
-        show_windows(args.out)
+        show_windows(args.out, "images.png" if args.images else "*.png")
     return status
 
 

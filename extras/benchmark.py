@@ -33,7 +33,7 @@ import utils
 from extras import several
 
 CPU = torch.device("cpu")
-THREADS = torch.get_num_threads()  # PyTorch's default, before train.py's is set
+THREADS = torch.get_num_threads()  # PyTorch's default, before run_script sets 1
 IMAGES = 6400  # trained on in one timing: 100 steps
 
 Work = Callable[[], object]  # what is timed, after its warm-up: training on so many IMAGES

@@ -1,4 +1,4 @@
-"""Figures of README: `python extras/figures.py variants`, `... accuracy`, and the table of `... photos DIR`.
+"""Figures of both READMEs: `python extras/figures.py variants`, `... accuracy`, and the table of `... photos DIR`.
 
 `accuracy` trains for hours, into checkpoints/accuracy, and uses what is already there.
 """
@@ -78,7 +78,7 @@ def plot_variants(path: Path) -> None:
     digits = utils.load_mnist(ROOT / "data", train=True, device=CPU)
     drawn, probability = draw_variants(digits, seed=0)
     figure, axes = sheet(
-        "Zeros with a slash, ones with a flag, sevens with a bar, nines with a tail",
+        "Zeros with a slash, ones with a flag (some with a base), sevens with a bar, nines with a tail",
         "Upper rows: MNIST's training images. Lower rows: the same with a stroke that much of the world adds",
         rows=8, columns=COLUMNS, panel=0.8, gap=(0.08, 0.26),
     )  # fmt: skip
@@ -97,7 +97,8 @@ def train_py(epochs: int) -> list[tuple[float, float, float]]:
     """(seconds, test accuracy, the same with nine looks) of `train.py --epochs` with seeds 0 to 9."""
     out = RUNS / f"epochs-{epochs}"
     command = [sys.executable, "train.py", "--runs", SEEDS, "--epochs", epochs, "--out", out, "--resume"]
-    subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
+    if subprocess.run(list(map(str, command)), cwd=ROOT).returncode:
+        raise utils.UserError(f"training into {out} failed; if it holds runs of another recipe, delete it")
     checkpoints = [utils.load_checkpoint(out / f"seed-{seed}" / "model.pt") for seed in range(SEEDS)]
     seconds = [epochs * min(entry["seconds"] for entry in checkpoint["history"]) for checkpoint in checkpoints]
     metrics = [checkpoint["metrics"] for checkpoint in checkpoints]
@@ -129,7 +130,6 @@ def plot_accuracy(path: Path) -> None:
 
     The seconds are those of the fastest epoch of all seeds, times the epochs: hours of training are never undisturbed.
     """
-    torch.set_num_threads(1)
     print("\n| training | seconds | one look | std | min | nine looks | std | min | runs |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     points = []

@@ -105,7 +105,7 @@ def center_by_mass(ink: Tensor) -> Tensor:
     profiles = torch.stack([ink.sum(1), ink.sum(2)], 1)  # (N, 2, side): along x and along y
     center = (profiles @ line / profiles.sum(2)).round().unsqueeze(2)
     reach = ((line - center).abs() * (profiles > 0)).amax((1, 2)).view(-1, 1, 1)
-    sources = center + (reach / 12).clamp(min=1) * (torch.arange(IMAGE_SIZE) - 14)  # of the new pixels
+    sources = center + (reach / (IMAGE_SIZE / 2 - 2)).clamp(min=1) * (torch.arange(IMAGE_SIZE) - IMAGE_SIZE / 2)
     x, y = (sources * 2 / (len(line) - 1) - 1).unbind(1)  # grid_sample's units: -1 to 1 from edge to edge
     shape = len(ink), IMAGE_SIZE, IMAGE_SIZE
     grid = torch.stack([x.unsqueeze(1).expand(shape), y.unsqueeze(2).expand(shape)], 3)
