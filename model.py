@@ -205,6 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from utils import run_script  # here, because utils imports this module
-
-    run_script(main)
+    main()
