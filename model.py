@@ -116,8 +116,8 @@ def layer_table(model: nn.Module) -> list[Layer]:
     """Run one blank image through `model` and describe each layer in the order of execution.
 
     Receptive fields: r_out = r_in + (k - 1) * jump_in and jump_out = stride * jump_in (Araujo et al., "Computing
-    Receptive Fields of Convolutional Neural Networks", Distill 2019). They are None where a
-    layer's input has another size than the output before it, as after most branches. Activations and dropout have none.
+    Receptive Fields of Convolutional Neural Networks", Distill 2019). They are None where a layer's input has
+    another size than the output before it, as after most branches. Activations and dropout have no row.
     """
     image = (1, IMAGE_SIZE, IMAGE_SIZE)
     rows = [Layer("Input", image, image, 1, 1, 1, (), 0)]

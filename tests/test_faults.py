@@ -126,12 +126,13 @@ def test_places_that_cannot_be_written(refuse, trained: Path, tmp_path: Path) ->
     (tmp_path / "file").write_text("in the way")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         refuse("train.py", "--epochs", 1, "--out", out, words=["cannot write", out])
-    place = tmp_path / "file" / "r.json"
-    refuse("test_model.py", "--checkpoint", trained / "model.pt", "--json", place, words=["cannot write", place])
+    refuse("test_model.py", "--checkpoint", trained / "model.pt", "--json", out / "r.json", words=["cannot write", out])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_output_that_goes_nowhere(environment: dict, trained: Path) -> None:
+def test_output_that_goes_nowhere(environment: dict, trained: Path, tmp_path: Path, refuse) -> None:
+    subprocess.run(["mkfifo", tmp_path / "pipe"], check=True)  # as /dev/null, which root could replace by a file
+    refuse("test_model.py", "--checkpoint", trained, "--json", tmp_path / "pipe", words=["not an ordinary file"])
     command = [sys.executable, "test_model.py", "--checkpoint", str(trained / "model.pt")]
     with open("/dev/full", "w") as full_disk:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=full_disk, stderr=subprocess.PIPE, text=True)
