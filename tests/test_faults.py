@@ -126,7 +126,8 @@ def test_places_that_cannot_be_written(refuse, trained: Path, tmp_path: Path) ->
     (tmp_path / "file").write_text("in the way")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         refuse("train.py", "--epochs", 1, "--out", out, words=["cannot write", out])
-    refuse("test_model.py", "--checkpoint", trained / "model.pt", "--json", out / "r.json", words=["cannot write", out])
+    place = tmp_path / "file" / "r.json"
+    refuse("test_model.py", "--checkpoint", trained / "model.pt", "--json", place, words=["cannot write", place])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -249,7 +249,7 @@ def test_doubts_lie_between_the_answers(predictions: Predictions) -> None:
     figure = viz.plot_doubts(predictions)
     assert_legible(figure)
     (axis,) = figure.axes
-    everything, mistakes, *_ = (np.asarray(dots.get_offsets()) for dots in axis.collections)
+    everything, mistakes, _, _ = (np.asarray(dots.get_offsets()) for dots in axis.collections)
     places = {text.get_text(): np.array(text.get_position()) for text in axis.texts}
     assert sorted(places) == list("0123456789")
     corners = np.array([places[str(digit)] for digit in range(10)])
