@@ -1,25 +1,26 @@
-"""What the scripts share: flags, devices, data and augmentation, optimiser and schedule, prediction, checkpoints."""
+"""What the scripts share: flags, device, data, augmentation, optimiser, prediction, checkpoints."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import gzip
 import io
 import json
 import math
 import os
-import platform
 import re
 import signal
 import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -28,33 +29,36 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from model import CLASSES, IMAGE_SIZE, Net
+from model import CLASS_NAMES, IMAGE_SIZE, Net
 
-NO_DATA_HINT = "leave out --data-dir for the MNIST of this repository"
 ROOT = Path(__file__).resolve().parent
-SURE = 0.99  # an answer of a higher probability counts as sure
-SPLITS = {"test": "test", "val": "validation", "train": "training"}  # the values of --split, and their names
-SPLIT_SETTINGS = ("train_size", "val_size", "folds", "fold")  # settings of a recipe for make_splits
-ARCHITECTURE = ("width", "activation", "adaptive_pool", "dropout", "fc_dropout")  # settings of a recipe for Net
-PASSES_PER_EPOCH = 3  # after the first epoch; each pass is over a third of the images
-CHUNK = 1024  # images to augment at once: few calls, and the result fits a CPU's cache
-ELASTIC_GRID = 5  # K: control points of the elastic distortion along each side
+SPLITS = {"test": "test", "val": "validation", "train": "training"}  # --split, and their names
 
-
-# --- Errors, flags, devices, seeds ------------------------------------------------------------------------------------
+# --- Errors and flags -----------------------------------------------------------------------------
 
 
 class UserError(Exception):
-    """An error the user can fix, shown as one line: what is wrong, and what to do."""
+    """An error the user can mend, shown as one line: what is wrong, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and whose help tells the defaults."""
+
+    def __init__(self, description: str) -> None:
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=formatter)
+
+    def error(self, message: str) -> None:
+        raise UserError(message)
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Exit with the status of `main`. A UserError or an OSError is one line on stderr and status 2."""
+    """Exit with the status of `main`. A UserError is one line on stderr and status 2."""
     torch.set_num_threads(1)  # more are slower as soon as anything else runs
     with contextlib.suppress(ValueError):  # only the main thread can set signals
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may hold what cannot be printed
+        sys.stdout.reconfigure(errors="backslashreplace")  # some file names cannot be printed
     try:
         status = main()
         print(end="", flush=True)
@@ -65,15 +69,19 @@ def run_script(main: Callable[[], int | None]) -> None:
         status = 130
         print("Stopped.", file=sys.stderr)
     except BrokenPipeError:  # `python test_model.py | head`
-        sys.stdout, status = None, 1  # with a stdout Python would write the rest at exit, and fail again
-    except OSError as error:  # a full disk
-        sys.stdout, status = None, 2
-        say("error", f"{error.filename or 'output'}: {error.strerror or error}")
+        status = 1
+        sys.stdout = None  # Python would write the rest at exit, and fail again
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        status = 2
+        sys.stdout = None
+        say("error", f"cannot write the output: {error.strerror}")  # a full disk
     sys.exit(status)
 
 
 def say(kind: str, message: str) -> None:
-    """Print `message` on stderr, as argparse prints its errors; `kind` is "error" or "warning"."""
+    """Print an "error" or a "warning" on stderr, as argparse does."""
     print(f"{Path(sys.argv[0]).name}: {kind}: {message}", file=sys.stderr)
 
 
@@ -82,71 +90,104 @@ def one_line(error: Exception) -> str:
     return " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())[:150]
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number, 1 or larger."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: an int or a float from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            name = "a whole number" if kind is int else "a number"
+            span = f"of {low} or more" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {name} {span}")
+        return value
+
+    return parse
 
 
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
+def default_data_dir() -> Path:
+    """$MNIST_DATA_DIR, else the MNIST of this repository."""
+    return Path(os.environ.get("MNIST_DATA_DIR") or ROOT / "data")
+
+
+def add_common_flags(parser: Parser) -> None:
     """--data-dir and --device, the same in all three scripts."""
-    default = Path(os.environ.get("MNIST_DATA_DIR") or ROOT / "data")
-    parser.add_argument("--data-dir", type=Path, default=default, metavar="DIR",
-        help="folder of a data set in MNIST's format; into an empty folder MNIST is downloaded "
-        "(default: $MNIST_DATA_DIR, else the MNIST of this repository)")  # fmt: skip
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-        help="auto: cuda if there is one, else cpu; mps is untested (default: %(default)s)")  # fmt: skip
+    add = parser.add_argument
+    add("--data-dir", type=Path, default=default_data_dir(), metavar="DIR",
+        help="folder of a data set in MNIST's format")  # fmt: skip
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+        help="auto: cuda if it works, else cpu; mps is untested")  # fmt: skip
 
 
-def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_flags(parser: Parser) -> None:
     """--checkpoint, --split and --tta, for the two scripts that read a checkpoint."""
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints"), metavar="PATH",
-        help="weights written by train.py, or the folder that holds them (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--split", choices=tuple(SPLITS), default="test",
-        help="images to read: the test set, the images held out from training (--val-size, --folds), "
-        "or the training images (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--tta", action="store_true",
-        help="test-time augmentation: look nine times at a digit that one look is not sure of")  # fmt: skip
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=Path("checkpoints"), metavar="PATH",
+        help="weights written by train.py, or the folder that holds them")  # fmt: skip
+    add("--split", choices=tuple(SPLITS), default="test",
+        help="images to read: the test set, those held out from training, or the training images")
+    add("--tta", action="store_true",
+        help="test-time augmentation: look nine times where one look is not sure")  # fmt: skip
 
 
-def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str, others: Sequence[str]) -> None:
-    """UserError if `args` has a value for --`name` and for one of `others`, which it would ignore."""
+def refuse_unused(parser: Parser, args: argparse.Namespace, name: str, others: list[str]) -> None:
+    """UserError if --`name` is given together with one of `others`, which it would ignore."""
     for other in others:
         if getattr(args, name) and getattr(args, other) != parser.get_default(other):
             raise UserError(f"--{name} does not go with --{other.replace('_', '-')}")
 
 
+# --- Device and seeds -----------------------------------------------------------------------------
+
+
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is cuda if there is one, else cpu. UserError for a device that is absent."""
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = next(device for device in ("cuda", "cpu") if present[device]) if name == "auto" else name
-    if not present[name]:
-        raise UserError(f"--device {name}: this machine or this build of PyTorch has none; try --device auto")
-    return torch.device(name)
+    """The device called `name`, after a trial; UserError if it cannot be used.
+
+    "auto" is cuda, or the CPU with a warning if there is a GPU that cannot be used.
+    """
+    wanted = name
+    if name == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.ones(1, device=wanted).add(1).item()
+    except (AssertionError, RuntimeError) as error:  # no such device, or too old, full, taken
+        if name != "auto":
+            raise UserError(f"--device {name}: {one_line(error)}; try --device cpu") from error
+        say("warning", f"the GPU cannot be used, the CPU is: {one_line(error)}")
+        wanted = "cpu"
+    return torch.device(wanted)
 
 
 def to_device(model: Net, device: torch.device) -> Net:
-    """Move `model` to `device`. On a CPU, convolutions and pooling are fastest in channels-last memory."""
-    return model.to(device, memory_format=torch.channels_last if device.type == "cpu" else torch.contiguous_format)
+    """Move `model` to `device`. A CPU is fastest with channels-last memory."""
+    is_cpu = device.type == "cpu"
+    return model.to(
+        device, memory_format=torch.channels_last if is_cpu else torch.contiguous_format
+    )
 
 
-ORDER, DROPOUT, WEIGHTS, REPLACEMENTS = range(4)  # what random numbers are used for; ORDER includes augmentation
+SPLIT, DROPOUT, WEIGHTS, VARIANTS, ORDER = range(5)  # uses of random numbers
 
 
-def derive_seed(seed: int, epoch: int = 0, use: int = ORDER) -> int:
-    """A 64-bit seed from seed, epoch and use. No two start the same random numbers, as seed + epoch would."""
-    return int(np.random.SeedSequence((seed, epoch, use)).generate_state(1, np.uint64)[0])
+def derive_seed(use: int, seed: int = 0, epoch: int = 0) -> int:
+    """A 32-bit seed for one `use`. No two start the same numbers, as seed + epoch would."""
+    return int(np.random.SeedSequence((seed, epoch, use)).generate_state(1)[0])
 
 
-# --- Data -------------------------------------------------------------------------------------------------------------
+# --- Data -----------------------------------------------------------------------------------------
 
 
-class Split(NamedTuple):
+@dataclass
+class Split:
     """Images uint8 (N, 1, 28, 28), 0 to 255, and labels int64 (N,), on one device."""
 
     images: Tensor
     labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def select(self, index: Tensor | slice) -> Split:
         """The images and labels at `index`: indices, a mask or a slice."""
@@ -154,62 +195,57 @@ class Split(NamedTuple):
 
 
 def load_mnist(data_dir: Path, train: bool, device: torch.device) -> Split:
-    """The training or the test split of the data set in `data_dir`, as one tensor on `device`.
+    """The training or the test images of the data set in `data_dir`, on `device`.
 
-    torchvision downloads MNIST if there is no file in the folder. Raises UserError for files that are missing or
-    damaged, or do not fit the network.
+    Raises UserError for files that are missing or damaged, or do not fit the network.
     """
-    if not any(path.is_file() for path in data_dir.rglob("*")):
-        download_mnist(data_dir)
-    part = "train" if train else "t10k|test"
-    image_file, label_file = find_idx(data_dir, f"({part})-images"), find_idx(data_dir, f"({part})-labels")
-    images, labels = read_idx(image_file), read_idx(label_file)
+    image_file = find_idx(data_dir, train, "images")
+    label_file = find_idx(data_dir, train, "labels")
+    images = read_idx(image_file)
+    labels = read_idx(label_file)
+    shape = " x ".join(map(str, images.shape))
     if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
-        shape = " x ".join(map(str, images.shape))
-        raise UserError(f"{image_file} holds {shape} values, not images of IMAGE_SIZE = {IMAGE_SIZE} (in model.py)")
+        raise UserError(f"{image_file} has the shape {shape}, and IMAGE_SIZE = {IMAGE_SIZE} "
+                        "(in model.py)")  # fmt: skip
     if images.max() <= 1:
-        raise UserError(f"{image_file} has pixels from 0 to {images.max()}; multiply them by 255")
+        raise UserError(f"{image_file} has pixels up to {images.max()}; multiply them by 255")
     if labels.shape != images.shape[:1]:
-        raise UserError(f"{image_file} has {len(images)} images, but {label_file} {len(labels)} labels")
-    if (most := int(labels.max())) >= CLASSES:
-        raise UserError(f"{label_file} has labels up to {most}, and CLASSES = {CLASSES} (in model.py)")
+        shapes = " x ".join(map(str, labels.shape))
+        raise UserError(f"{label_file} has the shape {shapes}; {image_file.name} needs one number "
+                        f"for each of its {len(images)} images")  # fmt: skip
+    if labels.max() >= len(CLASS_NAMES):
+        raise UserError(f"{label_file} has labels up to {labels.max()}, and CLASS_NAMES has "
+                        f"{len(CLASS_NAMES)} names (in model.py)")  # fmt: skip
     if image_file.name.startswith("emnist"):
-        print(f"{image_file.name}: EMNIST stores its images transposed; they are turned", file=sys.stderr)
+        say("warning", f"{image_file.name}: EMNIST's images are transposed; they are turned")
         images = images.mT.contiguous()
     return Split(images.unsqueeze(1).to(device), labels.long().to(device))
 
 
-def download_mnist(data_dir: Path) -> None:
-    """Let torchvision download MNIST to `data_dir`; UserError if that fails."""
-    from torchvision.datasets import MNIST  # here, because this import takes as long as PyTorch's own
+def find_idx(data_dir: Path, train: bool, kind: str) -> Path:
+    """The file of the "images" or "labels", packed or not.
 
-    print(f"Downloading MNIST to {data_dir}", file=sys.stderr)
-    try:
-        MNIST(data_dir, download=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"no data set in {data_dir}, and no download: {one_line(error)}; {NO_DATA_HINT}") from error
-
-
-def find_idx(data_dir: Path, name: str) -> Path:
-    """The IDX file whose name fits the pattern `name`, in `data_dir` or up to two folders below, packed or not.
-
-    It may have a prefix, as EMNIST's have. MNIST/raw comes first. UserError if there is none, or if there are several.
+    The first of these folders that has one counts: MNIST/raw, `data_dir`, those in it, and those
+    in them. UserError if there is none, or if there are several.
     """
-    pattern = re.compile(rf"(.+-)?{name}[-.]idx[13]-ubyte(\.gz)?")
-    files = [path for depth in ("*", "*/*", "*/*/*") for path in sorted(data_dir.glob(depth))]
-    files = [path for path in files if pattern.fullmatch(path.name) and path.is_file()]
-    mnist = [path for path in files if path.parent == data_dir / "MNIST" / "raw"]
-    files = mnist or [path for path in files if len(path.parts) == len(files[0].parts)]  # the nearest
-    plain = {p.parent / re.sub(r"\.gz$", "", p.name.replace(".idx", "-idx")): p for p in reversed(files)}
-    if len(plain) > 1:
-        raise UserError(f"--data-dir {data_dir} holds several data sets, such as {files[0]} and {files[-1]}; give one")
-    if not plain:
-        raise UserError(f"no file named {name}-idx…-ubyte in {data_dir} or the folders in it; {NO_DATA_HINT}")
-    return next(iter(plain.values()))
+    names = [f"train-{kind}"] if train else [f"t10k-{kind}", f"test-{kind}"]
+    for folders in ("MNIST/raw", ".", "*", "*/*"):
+        found = {}  # a file and its packed twin count once
+        for path in sorted(data_dir.glob(f"{folders}/*ubyte*")):
+            if path.is_file() and any(name in path.name for name in names):
+                found[str(path).replace(".gz", "")] = path
+        if len(found) > 1:
+            several = ", ".join(map(str, found.values()))
+            raise UserError(f"--data-dir {data_dir} holds several data sets ({several}): name one")
+        if found:
+            return found.popitem()[1]
+    dims = 3 if kind == "images" else 1
+    raise UserError(f"no file {names[0]}-idx{dims}-ubyte in {data_dir} or the folders in it; "
+                    "without --data-dir the MNIST of this repository is read")  # fmt: skip
 
 
 def read_idx(path: Path) -> Tensor:
-    """The uint8 tensor in an IDX file (the format of LeCun's MNIST page), packed with gzip or not.
+    """The uint8 tensor in an IDX file (the format of LeCun's MNIST page), packed or not.
 
     Reads only as much as the header declares. Raises UserError if the file is damaged.
     """
@@ -218,213 +254,277 @@ def read_idx(path: Path) -> Tensor:
             file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
             zeros, kind, dims = struct.unpack(">HBB", file.read(4))
             shape = struct.unpack(f">{dims}I", file.read(4 * dims))
-            size, declared = math.prod(shape), f"its header declares {' x '.join(map(str, shape))} values"
-            if (zeros, kind) != (0, 8) or not shape or size == 0:
-                raise ValueError(f"{declared} of kind {kind}")
-            data = bytearray(file.read(size + 1))  # one more byte: gzip compares its checksum at the end
-    except (OSError, EOFError, MemoryError, OverflowError, ValueError, struct.error, zlib.error) as error:
+            size = math.prod(shape)
+            if zeros != 0 or size == 0:
+                raise ValueError("its header is not that of an IDX file")
+            if kind != 8:
+                raise ValueError(f"its numbers are of type {kind:#04x}, and 0x08 (uint8) is needed")
+            data = bytearray(file.read(size + 1))  # gzip compares its checksum at the end
+    except (OSError, EOFError, MemoryError, OverflowError, ValueError, struct.error) as error:
         raise UserError(f"{path} is damaged or not an IDX file: {error}") from error
+    except zlib.error as error:
+        raise UserError(f"{path} is damaged: {error}") from error
     if len(data) != size:
-        raise UserError(f"{path} is {'truncated' if len(data) < size else 'too long'}: {declared}")
+        declared = " x ".join(map(str, shape))
+        what = "truncated" if len(data) < size else "too long"
+        raise UserError(f"{path} is {what}: its header declares {declared} values")
     return torch.frombuffer(data, dtype=torch.uint8).view(shape)
 
 
-def make_splits(everything: Split, train_size: int, val_size: int, folds: int, fold: int) -> tuple[Split, Split | None]:
-    """(training images, held-out images or None): `val_size` images are held out, or fold number `fold` of `folds`.
+def checksum(split: Split) -> int:
+    """A checksum of images and labels: the held-out images depend on both."""
+    return zlib.crc32(split.labels.cpu().numpy(), zlib.crc32(split.images.cpu().numpy()))
 
-    With a `train_size` only so many of the others are trained on. All are stratified, and always the same images. The
-    folds are disjoint and together the whole. Raises UserError if there are too few images.
+
+def make_splits(everything: Split, recipe: dict[str, Any]) -> tuple[Split, Split | None]:
+    """The images to train on, and those held out, or None: "val_size", or the "fold" of "folds".
+
+    With a "train_size" only so many of the others are trained on. All are stratified, and always
+    the same images. Folds are disjoint, and together the whole. UserError if they ask for too many.
     """
-    count = len(everything.labels)
-    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(0)))
-    by_class = shuffled[torch.argsort(everything.labels.cpu()[shuffled], stable=True)]
-    held_out = by_class[fold - 1 :: folds] if folds else pick_evenly(by_class, min(val_size, count))
+    folds = recipe["folds"]
+    count = len(everything)
+    too_many = f"--train-size, --val-size or --folds ask for too many of {count:,} images"
+    if max(recipe["val_size"], 10 * folds) >= count:
+        raise UserError(too_many)
+    generator = torch.Generator().manual_seed(derive_seed(SPLIT))
+    shuffled = torch.randperm(count, generator=generator)
+    by_class = shuffled[everything.labels.cpu()[shuffled].argsort(stable=True)]
+    if folds:
+        held_out = by_class[recipe["fold"] - 1 :: folds]
+    else:
+        held_out = pick_evenly(by_class, recipe["val_size"])
     rest = by_class[~torch.isin(by_class, held_out)]
-    if train_size > len(rest) or max(10 * folds, val_size) >= count:
-        raise UserError(f"--train-size, --val-size or --folds ask for too many of {count:,} images")
-    rest = pick_evenly(rest, train_size or len(rest))
-    rest, held_out = (everything.select(index.sort().values.to(everything.labels.device)) for index in (rest, held_out))
-    return rest, held_out if len(held_out.labels) else None
+    if recipe["train_size"] > len(rest):
+        raise UserError(too_many)
+    rest = pick_evenly(rest, recipe["train_size"] or len(rest))
+    device = everything.labels.device
+    train_split = everything.select(rest.sort().values.to(device))
+    val_split = everything.select(held_out.sort().values.to(device))
+    return train_split, val_split if len(val_split) else None
 
 
 def pick_evenly(index: Tensor, size: int) -> Tensor:
-    """`size` elements of `index` (N,) at equal distances: of images sorted by class, as many of each."""
+    """`size` elements of `index` (N,) at equal distances: if sorted by class, as many of each."""
     return index[(torch.arange(size) * len(index) + len(index) // 2) // max(size, 1)]
 
 
-def load_split(name: str, data_dir: Path, checkpoint: dict[str, Any], device: torch.device) -> Split:
-    """The "test", "val" or "train" images of the training that wrote `checkpoint`, not augmented.
+def load_split(
+    name: str, data_dir: Path, checkpoint: dict[str, Any], device: torch.device
+) -> Split:
+    """The "test", "val" or "train" images of the training that wrote `checkpoint`, as they are.
 
-    UserError if the training held out none. Different images in `data_dir` are an error, for "test" a warning.
+    UserError if the training held out none, or had other images than those in `data_dir`.
     """
-    if name != "test" or any(data_dir.rglob("*train-images*")):
-        everything = load_mnist(data_dir, train=True, device=device)
-        if zlib.crc32(everything.images.cpu().numpy()) != checkpoint["data_crc"]:
-            message = f"{data_dir} has other training images than this checkpoint was trained on"
-            if name != "test":
-                raise UserError(f"--split {name}: {message}")
-            say("warning", message)
     if name == "test":
         return load_mnist(data_dir, train=False, device=device)
-    rest, held_out = make_splits(everything, *(checkpoint["recipe"][key] for key in SPLIT_SETTINGS))
-    if name == "val" and held_out is None:
-        raise UserError("--split val: this training held out no images; train with --val-size or --folds")
-    return rest if name == "train" else held_out
+    everything = load_mnist(data_dir, train=True, device=device)
+    if checksum(everything) != checkpoint["data_crc"]:
+        raise UserError(f"--split {name}: {data_dir} has other training images or labels than "
+                        "this checkpoint was trained on")  # fmt: skip
+    train_split, val_split = make_splits(everything, checkpoint["recipe"])
+    if name == "train":
+        return train_split
+    if val_split is None:
+        raise UserError("--split val: this training held out no images; train with --val-size")
+    return val_split
 
 
-# --- Batches and augmentation -----------------------------------------------------------------------------------------
+# --- Batches and augmentation ---------------------------------------------------------------------
+
+PASSES_PER_EPOCH = 3  # after the first epoch; each pass is over a third of the images
+CHUNK = 1024  # images to augment at once: few calls, and the result fits a CPU's cache
+ELASTIC_GRID = 5  # K: control points of the elastic distortion along each side
 
 
 class Loader:
-    """Shuffled, augmented batches of `split`: images float (B, 1, 28, 28), labels (B,), index (B,) in the split.
+    """Shuffled, augmented batches of the training images `split`.
 
-    The first epoch shows each image once. After it most images have a loss near zero and teach little. So each later
-    epoch has three passes, each over a third of the images: a `hard_fraction` of it has the largest losses, the rest is
-    drawn at random (after Jiang et al., "Accelerating Deep Learning by Focusing on the Biggest Losers",
-    2019). The training loop keeps the last loss of each image in `losses` (N,). With a `hard_fraction` of 0 every epoch
-    shows each image once. `replacements` are images uint8 (N, 1, 28, 28), and the probability (N,) of each to be shown
-    instead of the one in `split`. An epoch depends on the arguments, its number and `losses`, and on nothing else.
+    The first epoch shows each image once. After it most images have a loss near zero and teach
+    little. So each later epoch has three passes, each over a third of the images: the
+    "hard_fraction" of it has the largest losses, the rest is drawn at random (after Jiang et al.,
+    "Accelerating Deep Learning by Focusing on the Biggest Losers", 2019). The training loop keeps
+    the last loss of each image in `losses` (N,).
+
+    `variants`: images uint8 (N, 1, 28, 28), and the probability (N,) of each to be shown instead of
+    the one in `split`.
     """
 
     def __init__(
-        self, split: Split, batch_size: int, augmentation: Augmentation, seed: int, hard_fraction: float = 0.5,
-        replacements: tuple[Tensor, Tensor] | None = None,
-    ) -> None:  # fmt: skip
-        self.split, self.augmentation, self.replacements = split, augmentation, replacements
-        self.seed, self.epoch, self.hard_fraction = seed, 0, hard_fraction  # set `epoch` before each epoch
-        self.losses = torch.zeros(len(split.labels), device=split.labels.device)
-        self.sizes = list(map(len, split.labels.split(batch_size)))
-        if self.sizes[-1] == 1 < len(self.sizes):  # nn.BatchNorm1d cannot train on one image
-            self.sizes[-2:] = [batch_size + 1]
-        together = max(1, CHUNK // batch_size)
-        self.chunks = [self.sizes[i : i + together] for i in range(0, len(self.sizes), together)]
+        self,
+        split: Split,
+        recipe: dict[str, Any],
+        variants: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.split = split
+        self.recipe = recipe
+        self.variants = variants
+        self.losses = torch.zeros(len(split), device=split.labels.device)
+        self.count = len(split)  # images in an epoch
+        if self.count % recipe["batch_size"] == 1 and self.count > 1:
+            self.count -= 1  # nn.BatchNorm1d, in a network of yours, cannot train on one image
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        """Batches in an epoch."""
+        return math.ceil(self.count / self.recipe["batch_size"])
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-        passes = PASSES_PER_EPOCH if self.epoch and self.hard_fraction else 1
-        length = math.ceil(len(self.chunks) / passes)
-        for start in range(0, len(self.chunks), length):
-            chunks = self.chunks[start : start + length]
-            order = self.choose(sum(map(sum, chunks)), generator)  # by the losses after the last pass
-            for sizes, index in zip(chunks, order.split([sum(sizes) for sizes in chunks])):
-                images = self.split.images[index]
-                if self.replacements:
-                    others, probability = self.replacements
-                    replaced = torch.rand(len(index), generator=generator).to(index.device) < probability[index]
-                    images = torch.where(replaced.view(-1, 1, 1, 1), others[index], images)
-                images = augment(images / 255, self.augmentation, generator)
-                yield from zip(images.split(sizes), self.split.labels[index].split(sizes), index.split(sizes))
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of epoch `number`, from 0: images float (B, 1, 28, 28), labels (B,), index (B,).
+
+        They depend on `number`, `losses` and what the loader was made of, and on nothing else.
+        """
+        seed = derive_seed(ORDER, self.recipe["seed"], number)
+        generator = torch.Generator().manual_seed(seed)
+        batch_size = self.recipe["batch_size"]
+        chunk = batch_size * max(1, CHUNK // batch_size)
+        hard = number > 0 and self.recipe["hard_fraction"] > 0
+        passes = min(PASSES_PER_EPOCH, len(self)) if hard else 1
+        ends = [len(self) * i // passes * batch_size for i in range(1, passes)]
+        shown = 0
+        for end in [*ends, self.count]:
+            for index in self.choose(end - shown, generator).split(chunk):
+                images = augment(self.pictures(index, generator) / 255, self.recipe, generator)
+                batches = images, self.split.labels[index], index
+                yield from zip(*(part.split(batch_size) for part in batches))
+            shown = end
 
     def choose(self, count: int, generator: torch.Generator) -> Tensor:
-        """Shuffled indices (count,), all different: `hard_fraction` of them have the largest losses."""
+        """Shuffled indices (count,), all different, the hard images among them."""
         priority = torch.rand(len(self.losses), generator=generator)
-        priority[self.losses.topk(int(self.hard_fraction * count)).indices.cpu()] += 1
+        hardest = self.losses.topk(int(self.recipe["hard_fraction"] * count)).indices
+        priority[hardest.cpu()] += 1
         chosen = priority.topk(count).indices
         return chosen[torch.randperm(count, generator=generator)].to(self.losses.device)
 
+    def pictures(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """The images at `index` (B,), or their variants: uint8 (B, 1, 28, 28)."""
+        images = self.split.images[index]
+        if self.variants is None:
+            return images
+        variants, probability = self.variants
+        is_variant = torch.rand(len(index), generator=generator).to(index.device)
+        is_variant = is_variant < probability[index]
+        return torch.where(is_variant.view(-1, 1, 1, 1), variants[index], images)
 
-def augment(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """Change training images at random, each in its own way: float (N, 1, 28, 28), ink 1, paper 0, to the same.
 
-    Add your own here. N is about 1,000, and torchvision's transforms draw one random number for all N. So draw N
-    numbers from `generator`, as `torch.rand(len(images), generator=generator)` does.
+def augment(images: Tensor, recipe: dict[str, Any], generator: torch.Generator) -> Tensor:
+    """Change images at random, each in its own way: float (N, 1, 28, 28), ink 1, to the same.
+
+    Add your own here. N is about 1,000, and torchvision's transforms draw one random number for
+    all N. So draw N of them, as `torch.rand(len(images), generator=generator)` does.
     """
-    rotation, scale, translate, shear, elastic = augmentation
     u = torch.rand(len(images), 6, generator=generator) * 2 - 1
-    translation = translate * IMAGE_SIZE * u[:, 1:3]
-    matrices = affine_matrices(rotation * u[:, 0], translation, 1 + scale * u[:, 3], shear * u[:, 4:])
-    displacements = elastic * torch.randn(len(images), 2, ELASTIC_GRID**2, generator=generator)
-    return warp(images, matrices.to(images.device), displacements.to(images.device), grid_basis(images.device))
-
-
-class Augmentation(NamedTuple):
-    """Ranges of the random transform of each image; with all zeros the images stay as they are."""
-
-    rotation: float = 0.0  # degrees, either way
-    scale: float = 0.0  # 0.1 is 0.9 to 1.1
-    translate: float = 0.0  # fraction of the image's side, either way
-    shear: float = 0.0  # degrees, either way, along x and along y
-    elastic: float = 0.0  # standard deviation, in pixels, of the displacement of each control point
+    matrices = affine_matrices(
+        angle=recipe["rotation"] * u[:, 0],
+        translate=recipe["translate"] * IMAGE_SIZE * u[:, 1:3],
+        scale=1 + recipe["scale"] * u[:, 3],
+        shear=recipe["shear"] * u[:, 4:],
+    )
+    bends = recipe["elastic"] * torch.randn(len(images), 2, ELASTIC_GRID**2, generator=generator)
+    device = images.device
+    return warp(images, matrices.to(device), bends.to(device), grid_basis(device))
 
 
 def affine_matrices(angle: Tensor, translate: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
     """Inverse maps for `F.affine_grid`, (N, 2, 3), with the meaning of torchvision's `affine`.
 
-    `angle` (N,) in degrees, clockwise; `translate` (N, 2) in pixels right and down; `scale` (N,) as a factor; `shear`
-    (N, 2) in degrees, along x and along y.
+    `angle` (N,) in degrees, clockwise; `translate` (N, 2) in pixels right and down; `scale` (N,)
+    as a factor; `shear` (N, 2) in degrees, along x and along y.
     """
-    angle, (shear_x, shear_y) = torch.deg2rad(angle), torch.deg2rad(shear).unbind(1)
+    angle = torch.deg2rad(angle)
+    shear_x, shear_y = torch.deg2rad(shear).unbind(1)
     # Rotation after shear, as in torchvision.transforms.functional._get_inverse_affine_matrix.
     a = torch.cos(angle - shear_y) / torch.cos(shear_y)
     b = -a * torch.tan(shear_x) - torch.sin(angle)
     c = torch.sin(angle - shear_y) / torch.cos(shear_y)
     d = -c * torch.tan(shear_x) + torch.cos(angle)
     inverse = torch.stack([d, -b, -c, a], 1).view(-1, 2, 2) / scale.view(-1, 1, 1)
-    offset = -(inverse @ (translate * 2 / IMAGE_SIZE).unsqueeze(2))  # affine_grid's unit is half an image
+    offset = -(inverse @ (translate * 2 / IMAGE_SIZE).unsqueeze(2))  # in half images
     return torch.cat([inverse, offset], 2)
 
 
 @functools.lru_cache
 def grid_basis(device: torch.device) -> Tensor:
-    """(3 + K * K, 784): x, y and 1 of each pixel, then the bicubic bump of each control point, in half images."""
-    k, whole = ELASTIC_GRID, [1, 1, IMAGE_SIZE, IMAGE_SIZE]
+    """(3 + K * K, 784), in half images: x, y and 1 of each pixel, then each control point's bump.
+
+    A bump is what moving a control point does to the pixels around it, by bicubic interpolation.
+    """
+    k = ELASTIC_GRID
+    whole = [1, 1, IMAGE_SIZE, IMAGE_SIZE]
     xy = F.affine_grid(torch.eye(2, 3).unsqueeze(0), whole, align_corners=False).view(-1, 2).t()
     bumps = F.interpolate(torch.eye(k * k).view(k * k, 1, k, k), IMAGE_SIZE, mode="bicubic")
-    return torch.cat([xy, torch.ones_like(xy[:1]), bumps.view(k * k, -1) * 2 / IMAGE_SIZE]).to(device)
+    bumps = bumps.view(k * k, -1) * 2 / IMAGE_SIZE
+    return torch.cat([xy, torch.ones_like(xy[:1]), bumps]).to(device)
 
 
-def warp(images: Tensor, matrices: Tensor, displacements: Tensor, basis: Tensor) -> Tensor:
-    """Transform float images (N, 1, 28, 28) by inverse maps `matrices` (N, 2, 3); bilinear, 0 outside.
+def warp(images: Tensor, matrices: Tensor, bends: Tensor, basis: Tensor) -> Tensor:
+    """Transform float images (N, 1, 28, 28) by inverse maps `matrices` (N, 2, 3); 0 outside.
 
-    `displacements` (N, 2, K * K) of the control points, in pixels, bend the image smoothly.
-    This is `F.affine_grid` and `F.grid_sample`. One product with `grid_basis` makes the grid 15 times as fast on a CPU.
+    `bends` (N, 2, K * K) move the control points, in pixels. This is `F.affine_grid` and
+    `F.grid_sample`. One product with `grid_basis` makes the grid 15 times as fast on a CPU.
     """
-    grid = torch.cat([matrices, displacements], 2).flatten(0, 1) @ basis
+    grid = torch.cat([matrices, bends], 2).flatten(0, 1) @ basis
     grid = grid.view(-1, 2, IMAGE_SIZE, IMAGE_SIZE).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-# --- Optimiser, schedule, prediction ----------------------------------------------------------------------------------
+# --- Optimiser, schedule, prediction --------------------------------------------------------------
+
+SURE = 0.99  # an answer of a higher probability counts as sure
 
 
 def make_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> Optimizer:
-    """SGD with Nesterov momentum, one fused call a step. Any optimiser whose step needs no closure will do."""
-    return SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=True)
+    """SGD with Nesterov momentum. Any optimiser whose step needs no closure will do."""
+    return SGD(
+        model.parameters(),
+        lr,
+        momentum,
+        weight_decay=weight_decay,
+        nesterov=momentum > 0,
+        fused=True,  # one call a step
+    )
 
 
-def make_schedule(optimizer: Optimizer, lr: float, peak_lr: float, warmup: float, steps: int) -> LRScheduler:
-    """One cycle (Smith & Topin, 2018); `step()` is called after each step. Any schedule without a metric will do.
+def make_schedule(
+    optimizer: Optimizer, lr: float, peak_lr: float, warmup: float, steps: int
+) -> LRScheduler:
+    """One cycle (Smith & Topin, 2018). Any schedule will do whose `step()` needs no metric.
 
-    In the first `warmup` (0 to 1; with 0 it starts at the peak) of all `steps` the rate rises from `lr` to `peak_lr`.
-    Then it falls, to reach 0 one step after the last. Both are half a cosine. UserError if `lr` is above `peak_lr`.
+    `step()` is called after each of the `steps`. In the first `warmup` of them (0 to 1; with 0 it
+    starts at the peak) the rate rises from `lr` to `peak_lr`. Then it falls, to reach 0 one step
+    after the last. Both are half a cosine. UserError if `lr` is above `peak_lr`.
     """
     if lr > peak_lr:
-        raise UserError(f"--lr {lr} is above --peak-lr {peak_lr}: the cycle rises from one to the other")
+        raise UserError(f"--lr {lr} is above --peak-lr {peak_lr}")
     # OneCycleLR counts from 0 to total_steps - 1, and its peak is at pct_start * total_steps - 1.
-    pct_start = (warmup * steps + 1) / (steps + 1) if warmup else 0.0
     return OneCycleLR(
-        optimizer, peak_lr, total_steps=steps + 1, pct_start=pct_start, div_factor=peak_lr / lr,
-        final_div_factor=math.inf, cycle_momentum=False,
-    )  # fmt: skip
+        optimizer,
+        peak_lr,
+        total_steps=steps + 1,
+        pct_start=(warmup * steps + 1) / (steps + 1) if warmup else 0.0,
+        div_factor=peak_lr / lr,
+        final_div_factor=math.inf,
+        cycle_momentum=False,
+    )
 
 
 @torch.inference_mode()
 def predict(model: nn.Module, images: Tensor, tta: bool = False) -> Tensor:
-    """Logits float (N, 10) for uint8 images (N, 1, 28, 28), both on one device. Puts `model` into eval mode.
+    """Logits float (N, 10) for uint8 images (N, 1, 28, 28). Puts `model` into eval mode.
 
-    With `tta` (test-time augmentation) it looks nine times at each digit that it reads with less than SURE: at its
-    place, and moved by a pixel along x, y or both. The probabilities of the nine looks are added.
+    With `tta` (test-time augmentation) it looks nine times at each image that it reads with less
+    than SURE: at its place, and moved by a pixel along x, y or both. The probabilities are added.
     """
     model.eval()
     logits = torch.cat([model(batch / 255) for batch in images.split(500)])
     if tta:
         unsure = logits.softmax(1).amax(1) < SURE
         padded = F.pad(images[unsure], [1] * 4)
-        looks = [padded[..., y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for y in range(3) for x in range(3)]
-        logits[unsure] = torch.stack([predict(model, look).log_softmax(1) for look in looks]).logsumexp(0)
+        looks = [
+            padded[..., y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for y in range(3) for x in range(3)
+        ]
+        each = torch.stack([predict(model, look).log_softmax(1) for look in looks])
+        logits[unsure] = each.logsumexp(0)
     return logits
 
 
@@ -435,31 +535,41 @@ def measure(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def confusion_matrix(predictions: Tensor, labels: Tensor) -> Tensor:
-    """Counts int64 (10, 10): row is the true digit, column the predicted one."""
-    return torch.bincount(labels * CLASSES + predictions, minlength=CLASSES**2).view(CLASSES, CLASSES)
+    """Counts int64 (10, 10): row is the true class, column the predicted one."""
+    classes = len(CLASS_NAMES)
+    pairs = torch.bincount(labels * classes + predictions, minlength=classes**2)
+    return pairs.view(classes, classes)
 
 
-# --- Checkpoints and other files --------------------------------------------------------------------------------------
+# --- Files ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what happens to `path` while it is written into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, to be `path` at the end; after an error it is deleted. UserError if writing fails."""
+    """Yield a temporary path, to be `path` at the end; UserError if that fails."""
     target = path.resolve()  # a link stays, and what it points to is replaced
-    temporary = target.parent / f".{target.name}.tmp"  # of a fixed name: what a killed process left is overwritten
-    try:
-        if target.exists() and not target.is_file():
-            raise OSError("not an ordinary file")  # such as /dev/null, which root could replace
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # after os.replace it is gone
-            temporary.unlink()
+    temporary = target.parent / f".{target.name}.tmp"  # what a killed process left is overwritten
+    with writing(path):
+        try:
+            if target.exists() and not target.is_file():
+                raise OSError("not an ordinary file")  # such as /dev/null, which root could replace
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -468,53 +578,130 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock `folder` for a training; UserError if another one has. Windows has no such locks."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another training writes to {folder}; choose another --out") from error
+    except OSError as error:  # some network file systems
+        say("warning", f"{folder} cannot be locked ({error.strerror}); start no second training")
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+def answer(model: nn.Module) -> Tensor:
+    """The logits (10,) of `model` for one fixed image: equal weights do not make equal networks."""
+    image = torch.linspace(0, 99, IMAGE_SIZE**2).sin().abs()
+    with torch.inference_mode():
+        on_cpu = copy.deepcopy(model).cpu().eval()
+        return on_cpu(image.view(1, 1, IMAGE_SIZE, IMAGE_SIZE))[0].clone()
+
+
 def save_checkpoint(path: Path, model: nn.Module, **contents: Any) -> None:
-    """Write the weights of `model`, the versions and `contents`, atomically."""
+    """Write the weights of `model`, its answer and `contents`, atomically."""
     weights = {name: weight.cpu().contiguous() for name, weight in model.state_dict().items()}
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
-    buffer = io.BytesIO()  # torch.save to a full disk raises a RuntimeError that does not name the file
-    torch.save({"model": weights, "versions": versions, **contents}, buffer)
+    buffer = io.BytesIO()  # torch.save to a full disk raises a RuntimeError that names no file
+    torch.save({"model": weights, "answer": answer(model), **contents}, buffer)
     with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
 
+def check_same(path: Path, stored: dict[str, Any], recipe: dict[str, Any]) -> None:
+    """UserError that names the settings of `stored`, the recipe in `path`, which `recipe` changes.
+
+    Teachers may have moved, so they are compared by their weights elsewhere.
+    """
+    if stored.keys() != recipe.keys():
+        raise UserError(f"{path} cannot be resumed, it is of another version of train.py")
+    changed = [name for name in stored if stored[name] != recipe[name] and name != "teacher"]
+    if changed:
+        made = " ".join(f"--{name} {typed(stored[name])}" for name in changed).replace("_", "-")
+        raise UserError(f"{path} was made with {made}: --resume cannot change that, nor the cycle "
+                        "of its learning rate; leave the flag out, or train anew into another "
+                        "--out, where this network may be the --teacher")  # fmt: skip
+
+
+def typed(value: Any) -> str:
+    """A setting as it is typed on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def find_runs(path: Path) -> list[Path]:
+    """`path`, or if it is a folder its model.pt, or else that of each folder in it.
+
+    Raises UserError if there is none, which says what there is instead.
+    """
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        if found := sorted(path.glob("model.pt")) or sorted(path.glob("*/model.pt")):
+            return found
+        path = path / "model.pt"
+    others = sorted([*path.parent.glob("*.pt"), *path.parent.glob("*/*.pt")])
+    hint = "`python train.py` makes one"
+    if others:
+        hint = f"there is {', '.join(map(str, others[:3]))}"
+    if others and others[0].name == "last.pt":
+        hint += ", of a training that is not finished: go on with it by " \
+                f"`python train.py --resume --out {others[0].parent}`"  # fmt: skip
+    raise UserError(f"there is no {path}; {hint}")
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of `train.py`, without running code from it. UserError if it is missing or damaged."""
+    """Read a checkpoint of train.py, without running code from it, and add its "path".
+
+    Raises UserError if it is missing or damaged.
+    """
+    (path,) = find_runs(path)
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
             if archive.testzip():
                 raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := {"model", "recipe", "history", "metrics", "data_crc"} - checkpoint.keys():
+        parts = {"model", "answer", "recipe", "history", "metrics", "data_crc"}
+        if missing := parts - checkpoint.keys():
             raise ValueError(f"{', '.join(sorted(missing))} is missing")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; `python train.py` makes one") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file makes zipfile and torch.load raise nearly anything
-        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({one_line(error)})") from error
-    return checkpoint
+        why = one_line(error)
+        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({why})") from error
+    return {**checkpoint, "path": path}
 
 
-def find_runs(path: Path) -> list[Path]:
-    """`path`, or if it is a folder its model.pt, or else that of each folder in it. UserError if there is none."""
-    found = sorted(path.glob("model.pt")) or sorted(path.glob("*/model.pt")) if path.is_dir() else [path]
-    if not found:
-        raise UserError(f"no model.pt in {path} or one folder below; `python train.py` makes one")
-    return found
+def load_model(path: str | Path, device: str | torch.device) -> tuple[Net, dict[str, Any]]:
+    """The network of a checkpoint, in eval mode on `device`, and the checkpoint with its "path".
 
-
-def load_model(path: Path, device: torch.device) -> tuple[Net, dict[str, Any]]:
-    """The network of a checkpoint, in eval mode on `device`, and the checkpoint.
-
-    Raises UserError as `load_checkpoint` does, and if the weights are not those of the network in model.py.
+    `path` may be the folder of a run. Raises UserError as `load_checkpoint` does, and if model.py
+    holds another network.
     """
-    path, *others = find_runs(path)
+    found, *others = find_runs(Path(path))
     if others:
-        names = ", ".join(run.parent.name for run in (path, *others))
-        raise UserError(f"{path.parent.parent} holds several runs ({names}): name one of these folders")
-    checkpoint = load_checkpoint(path)
+        names = ", ".join(run.parent.name for run in (found, *others))
+        raise UserError(f"{path} holds several runs ({names}): name one of these folders")
+    checkpoint = load_checkpoint(found)
     try:
-        model = Net(**{name: checkpoint["recipe"][name] for name in ARCHITECTURE})
+        recipe = checkpoint["recipe"]
+        model = Net(width=recipe["width"], activation=recipe["activation"])
         model.load_state_dict(checkpoint["model"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} holds another network than model.py ({one_line(error)})") from error
-    return to_device(model, device).eval(), checkpoint
+        why = one_line(error)
+        raise UserError(f"{found} holds another network than model.py ({why})") from error
+    if not torch.allclose(answer(model), checkpoint["answer"], rtol=1e-3, atol=0.01):
+        raise UserError(f"model.py computes something else than the network that wrote {found}")
+    return to_device(model, torch.device(device)).eval(), checkpoint

@@ -28,8 +28,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 import utils
-from model import CLASSES, Net
-from utils import SPLITS, Split, UserError, positive
+from model import CLASS_NAMES, Net
+from utils import SPLITS, Split, UserError, number
+
+CLASSES = len(CLASS_NAMES)
 
 EXPLAINED = 8  # mistakes in explain.png
 MAPS_SHOWN, MAPS_IN_ROW = 24, 12  # maps of a block in filters.png; wider networks have more
@@ -428,12 +430,12 @@ def show_windows(folder: Path, pictures: str) -> None:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line; UserError for flags that do not go together."""
-    parser = argparse.ArgumentParser(description="Draw what the network misreads, how it learned and why it errs.")
+    parser = utils.Parser("Draw what the network misreads, how it learned and why it errs.")
     utils.add_common_flags(parser)
     utils.add_checkpoint_flags(parser)
     add = parser.add_argument
     add("--out", type=Path, default=Path("plots"), metavar="DIR", help="folder of the pictures (default: %(default)s)")
-    add("--max", type=positive, default=50, metavar="N",
+    add("--max", type=number(int, 1), default=50, metavar="N",
         help="mistakes or images to show at most (default: %(default)s)")  # fmt: skip
     add("--images", type=Path, nargs="+", metavar="PATH",
         help="draw only images.png: what the network reads in these images or folders of images")  # fmt: skip

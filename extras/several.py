@@ -1,13 +1,13 @@
-"""Several trainings side by side, a lock on their folders, and statistics."""
+"""Several trainings side by side, and their statistics: `train.py --runs` and `--folds`."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,70 +15,103 @@ import torch
 from tqdm import tqdm
 
 import utils
-from utils import UserError, say
+from utils import UserError
 
 TITLES = {
-    "val_accuracy": "Validation, one look", "val_tta_accuracy": "Validation, nine looks",
-    "test_accuracy": "Test, one look", "test_tta_accuracy": "Test, nine looks",
-}  # fmt: skip
+    "val_accuracy": "Validation, one look",
+    "val_tta_accuracy": "Validation, nine looks",
+    "test_accuracy": "Test, one look",
+    "test_tta_accuracy": "Test, nine looks",
+}
+
+
+def run(args: argparse.Namespace, recipe: dict[str, Any], command: list[str]) -> int:
+    """Run `command`, of train.py, once for each seed or fold, several at a time; then summarise.
+
+    Returns the exit status. Raises UserError if one fails, or cannot be resumed by `recipe`.
+    """
+    if recipe["folds"]:
+        flags = {f"fold-{k}": ["--fold", k] for k in range(1, recipe["folds"] + 1)}
+    else:
+        seeds = range(recipe["seed"], recipe["seed"] + args.runs)
+        flags = {f"seed-{seed}": ["--runs", 1, "--seed", seed] for seed in seeds}
+    commands = {}
+    for name, its_flags in flags.items():
+        folder = args.out / name
+        its_flags += ["--out", folder]
+        if args.tensorboard:
+            its_flags += ["--tensorboard", args.tensorboard / args.out.name]
+        commands[folder] = [*command, *map(str, its_flags)]  # of two equal flags the last counts
+        if args.resume:
+            check_resumable(folder, recipe)
+    device = utils.choose_device(args.device)
+    jobs = max(1, available_cores() // recipe["threads"]) if device.type == "cpu" else 1
+    with utils.locked(args.out):
+        try:
+            failed = run_side_by_side(commands, args.jobs or jobs, recipe["epochs"], args.resume)
+        except KeyboardInterrupt:
+            print("\nStopped. Finished epochs are kept; the same command with --resume goes on.",
+                  file=sys.stderr)  # fmt: skip
+            return 130
+    if failed:
+        raise UserError(f"{', '.join(failed)} failed; see log.txt there, mend the cause, "
+                        "and the same command with --resume goes on")  # fmt: skip
+    summarize(args.out, list(commands), args.data_dir, device)
+    return 0
+
+
+def check_resumable(folder: Path, recipe: dict[str, Any]) -> None:
+    """UserError if `folder` holds a run of another recipe than `recipe`, but for seed and fold."""
+    for path in (folder / "last.pt", folder / "model.pt"):
+        if path.exists():
+            its_own = {name: recipe[name] for name in ("seed", "fold")}
+            utils.check_same(path, {**utils.load_checkpoint(path)["recipe"], **its_own}, recipe)
+            return
 
 
 def available_cores() -> int:
-    """Cores that this process may use: its affinity, or less where a container has a quota (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota_file = Path("/sys/fs/cgroup/cpu.max")
-    quota, period = quota_file.read_text().split() if quota_file.exists() else ("max", "1")
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    """Cores that this process may use: its affinity, or less where a container has a quota."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    quota_file = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2
+    if quota_file.exists():
+        quota, period = quota_file.read_text().split()
+        if quota != "max":
+            cores = max(1, min(cores, int(quota) // int(period)))
+    return cores
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock `folder` until the end; UserError if another training has locked it. Windows has no such locks."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-    if os.name == "nt":
-        yield
-        return
-    import fcntl
+def run_side_by_side(
+    commands: dict[Path, list[str]], jobs: int, epochs: int, resume: bool
+) -> list[str]:
+    """Run the command of each folder, `jobs` at a time, with its output in the folder's log.txt.
 
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another training writes to {folder}; wait for it or choose another --out") from error
-    except OSError as error:  # some network file systems
-        say("warning", f"{folder} cannot be locked ({error.strerror}); start no second training into it")
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
-def run_side_by_side(commands: dict[Path, list[str]], jobs: int, epochs: int, mode: str) -> list[str]:
-    """Run the command of each folder, `jobs` at a time, with its output in the folder's log.txt, under one bar.
-
-    `mode` opens the logs: "w" or "a". Returns the names of the folders whose command failed. An interrupt also ends
-    the commands that still run.
+    To `resume` adds to the logs. Returns the names of the folders whose command failed. An
+    interrupt also ends the commands that still run.
     """
-    waiting, running, failed = list(commands), {}, []
+    waiting = list(commands)
+    running = {}
+    failed = []
     bar = tqdm(total=epochs * len(commands), unit="epoch", disable=None, dynamic_ncols=True)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 folder = waiting.pop(0)
-                folder.mkdir(parents=True, exist_ok=True)
-                with (folder / "log.txt").open(mode) as log:
-                    running[folder] = subprocess.Popen(commands[folder], stdout=log, stderr=subprocess.STDOUT)
+                running[folder] = start(commands[folder], folder / "log.txt", resume)
             time.sleep(0.2)
             started = [folder for folder in commands if folder not in waiting]
             bar.n = sum(log_text(folder).count("\nTrain Loss: ") for folder in started)
             bar.refresh()
-            for folder in [folder for folder, process in running.items() if process.poll() is not None]:
-                if running.pop(folder).returncode:
+            for folder in list(running):
+                status = running[folder].poll()
+                if status is None:
+                    continue
+                del running[folder]
+                if status != 0:
                     failed.append(folder.name)
-                tqdm.write(f"{folder.name}: {(log_text(folder).splitlines() or ['no output'])[-1]}")
+                lines = log_text(folder).splitlines() or ["no output"]
+                tqdm.write(f"{folder.name}: {lines[-1]}")
     finally:
         bar.close()
         for process in running.values():
@@ -87,39 +120,63 @@ def run_side_by_side(commands: dict[Path, list[str]], jobs: int, epochs: int, mo
     return failed
 
 
+def start(command: list[str], log: Path, resume: bool) -> subprocess.Popen:
+    """Start `command`, which prints into the file `log`; UserError if that cannot be written."""
+    with utils.writing(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a" if resume else "w") as file:
+            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+
+
 def log_text(folder: Path) -> str:
     """What the command of `folder` has printed so far."""
     return (folder / "log.txt").read_text(errors="replace")
 
 
 def summarize(out: Path, folders: list[Path], data_dir: Path, device: torch.device) -> None:
-    """Print a table and the statistics of the runs in `folders`, and write them to `out`/runs.json.
+    """Print a table and the statistics of the runs in `folders`, and write them to runs.json.
 
     For seeds that includes the accuracy of the ensemble: the mean of the networks' probabilities.
     """
-    models, checkpoints = zip(*(utils.load_model(folder / "model.pt", device) for folder in folders))
-    runs = [{"run": folder.name, **checkpoint["metrics"]} for folder, checkpoint in zip(folders, checkpoints)]
+    loaded = [utils.load_model(folder / "model.pt", device) for folder in folders]
+    runs = [
+        {"run": folder.name, **checkpoint["metrics"]}
+        for folder, (_, checkpoint) in zip(folders, loaded)
+    ]
+    _, first = loaded[0]
+    results: dict[str, Any] = {"recipe": first["recipe"], "runs": runs}
     columns = {name: title for name, title in TITLES.items() if name in runs[0]}
-    results: dict[str, Any] = {**{name: checkpoints[0][name] for name in ("recipe", "versions")}, "runs": runs}
 
     print(f"\n{'Run':<8}" + "".join(f"{title:>25}" for title in columns.values()))
-    for run in runs:
-        print(f"{run['run']:<8}" + "".join(f"{run[name]:25.2%}" for name in columns))
+    for row in runs:
+        print(f"{row['run']:<8}" + "".join(f"{row[name]:25.2%}" for name in columns))
     for name, title in columns.items():
-        results[name] = statistics_of([run[name] for run in runs])
-        print(f"{title + ':':<24}" + "mean {mean:.3%}  std {std:.3%}  standard error {sem:.3%}  min {min:.2%}  "
-              "max {max:.2%}  ({n} runs)".format(**results[name]))  # fmt: skip
+        found = statistics_of([row[name] for row in runs])
+        results[name] = found
+        print(
+            f"{title + ':':<24}mean {found['mean']:.3%}  std {found['std']:.3%}  "
+            f"standard error {found['sem']:.3%}  min {found['min']:.2%}  max {found['max']:.2%}  "
+            f"({found['n']} runs)"
+        )
     if "test_accuracy" in columns:
         split = utils.load_mnist(data_dir, train=False, device=device)
         for name, tta in (("test_accuracy", False), ("test_tta_accuracy", True)):
-            mean = torch.stack([utils.predict(model, split.images, tta).softmax(1) for model in models]).mean(0)
-            results[f"ensemble_{name}"] = accuracy = utils.measure(mean.log(), split.labels)["accuracy"]
+            answers = [utils.predict(model, split.images, tta).softmax(1) for model, _ in loaded]
+            mean = torch.stack(answers).mean(0)
+            accuracy = utils.measure(mean.log(), split.labels)["accuracy"]
+            results[f"ensemble_{name}"] = accuracy
             print(f"{TITLES[name]}, ensemble of the {len(runs)} networks: {accuracy:.2%}")
     utils.write_json(out / "runs.json", results)
 
 
 def statistics_of(values: list[float]) -> dict[str, float]:
-    """Mean, sample standard deviation, standard error of the mean, minimum, maximum and number of `values`."""
+    """Mean, sample standard deviation, standard error of the mean, minimum, maximum, number."""
     std = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "std": std, "sem": std / len(values) ** 0.5,
-            "min": min(values), "max": max(values), "n": len(values)}  # fmt: skip
+    return {
+        "mean": statistics.fmean(values),
+        "std": std,
+        "sem": std / len(values) ** 0.5,
+        "min": min(values),
+        "max": max(values),
+        "n": len(values),
+    }

@@ -19,13 +19,13 @@ OPEN = 7  # pixels: a zero with a narrower hole gets no slash, which would fill 
 
 
 def draw_variants(split: Split, seed: int) -> tuple[Tensor, Tensor]:
-    """(variants uint8 (N, 1, 28, 28), probability (N,) of each to be shown), the `replacements` of `utils.Loader`.
+    """(variants uint8 (N, 1, 28, 28), probability (N,) of each to be shown), the `variants` of `utils.Loader`.
 
     The probability is PROBABILITY, or 0 where there is no variant.
     """
     probability = torch.zeros(len(split.labels), device=split.labels.device)
     variants = split.images.clone()
-    generator = torch.Generator().manual_seed(utils.derive_seed(seed, use=utils.REPLACEMENTS))
+    generator = torch.Generator().manual_seed(utils.derive_seed(utils.VARIANTS, seed))
     for digit, of_digit in PROBABILITY.items():
         for index in (split.labels == digit).nonzero().squeeze(1).split(128):  # as many as fit a CPU's cache
             ink = F.pad(split.images[index, 0].cpu() / 255, [ROOM] * 4)

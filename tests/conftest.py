@@ -25,7 +25,11 @@ import visualize_errors
 ROOT = Path(__file__).resolve().parent.parent
 RELEASED = ROOT / "assets" / "mnist_cnn.pt"
 CPU = torch.device("cpu")
-MAINS = {"train.py": train.main, "test_model.py": test_model.main, "visualize_errors.py": visualize_errors.main}
+MAINS = {
+    "train.py": train.main,
+    "test_model.py": test_model.main,
+    "visualize_errors.py": visualize_errors.main,
+}
 
 
 @functools.lru_cache
@@ -85,12 +89,12 @@ def environment(data_dir: Path) -> dict[str, str]:
 def run(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess]:
     """run("train.py", "--epochs", 1, status=0): the script as a user runs it, on `data_dir`."""
 
-    def run(script: str, *args: object, status: int = 0, env: dict[str, str] | None = None, cwd: Path = ROOT):
+    def run(script: str, *args: object, status: int = 0, cwd: Path = ROOT, **env: str):
         done = subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, env={**environment, **(env or {})},
-            capture_output=True, text=True, timeout=300,
+            [sys.executable, str(ROOT / script), *map(str, args)],
+            cwd=cwd, env={**environment, **env}, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
-        assert done.returncode == status, f"{done.args}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == status, f"{done.args}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done
 
@@ -98,7 +102,7 @@ def run(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProces
 
 
 @pytest.fixture
-def call(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def call(environment: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """call("train.py", "--epochs", 1, status=0): stdout and stderr of the same in this process."""
     monkeypatch.setenv("MNIST_DATA_DIR", environment["MNIST_DATA_DIR"])
 
@@ -117,7 +121,7 @@ def call(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: p
 
 @pytest.fixture
 def refuse(call: Callable[..., tuple[str, str]]) -> Callable[..., None]:
-    """refuse("train.py", "--epochs", 0, words=["--epochs"]): status 2 and one line on stderr that has the words."""
+    """refuse("train.py", "--epochs", 0, words=["--epochs"]): status 2, one line with the words."""
 
     def refuse(script: str, *args: object, words: list[object]) -> None:
         _, err = call(script, *args, status=2)
@@ -127,9 +131,10 @@ def refuse(call: Callable[..., tuple[str, str]]) -> Callable[..., None]:
     return refuse
 
 
-@pytest.fixture(
-    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-)
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_GPU)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, then the GPU."""
     return torch.device(request.param)
@@ -137,7 +142,22 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(scope="session")
 def trained(run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a short finished training: model.pt and last.pt."""
+    """The folder of a short finished training."""
     out = tmp_path_factory.mktemp("trained")
     run("train.py", "--epochs", 3, "--val-size", 400, "--dropout-until", 0, "--out", out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def unfinished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training of three epochs on `tiny` that was stopped after two; not to be changed."""
+    out = tmp_path_factory.mktemp("unfinished")
+    print_epoch = train.print_epoch
+
+    def stop(entry: dict) -> None:
+        if entry["epoch"] == 2:
+            raise KeyboardInterrupt
+    train.print_epoch = stop
+    assert train.main(["--epochs", "3", "--data-dir", str(tiny), "--out", str(out)]) == 130
+    train.print_epoch = print_epoch
     return out

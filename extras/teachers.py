@@ -1,0 +1,67 @@
+"""Distillation (Hinton et al., 2015): a training that also learns from other networks."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import utils
+from utils import UserError
+
+WEIGHT = 0.7  # of the teachers in the loss
+
+
+def find(paths: Sequence[str], out: Path) -> list[str]:
+    """The checkpoints of `paths`, which may be folders of runs, for a training into `out`.
+
+    Raises UserError if there is none, or if the training would overwrite it.
+    """
+    found = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"the teacher {path} is not there; name its place with --teacher")
+        found += [run.resolve() for run in utils.find_runs(path)]
+    if (out / "model.pt").resolve() in found or (out / "last.pt").resolve() in found:
+        raise UserError(f"--teacher: this training would overwrite its teacher in {out}; "
+                        "choose another --out")  # fmt: skip
+    return list(map(str, found))
+
+
+def checksums(paths: Sequence[str]) -> list[int]:
+    """Checksums of the weights of the checkpoints `paths`, which may move."""
+    sums = []
+    for path in map(Path, paths):
+        total = 0
+        for weight in utils.load_checkpoint(path)["model"].values():
+            total = zlib.crc32(weight.numpy(), total)
+        sums.append(total)
+    return sums
+
+
+def make_loss(recipe: dict[str, Any], device: torch.device) -> Callable[..., Tensor]:
+    """The loss of logits (B, 10), labels (B,) and images (B, 1, 28, 28): a number.
+
+    A weighted mean of the cross-entropy with the labels and of that with the teachers' mean
+    probabilities, at temperature 1.
+    """
+    teachers = []
+    for path in recipe["teacher"]:
+        teacher, checkpoint = utils.load_model(path, device)
+        teachers.append(teacher)
+        held_out = ("val_size", "folds", "fold")
+        if any(recipe[name] not in (0, checkpoint["recipe"][name]) for name in held_out):
+            utils.say("warning", f"{path} may know the images that are held out here: "
+                      "the validation accuracy will be too high")  # fmt: skip
+
+    def loss(logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            answers = torch.stack([teacher(images).softmax(1) for teacher in teachers]).mean(0)
+        return torch.lerp(F.cross_entropy(logits, labels), F.cross_entropy(logits, answers), WEIGHT)
+
+    return loss
