@@ -98,7 +98,7 @@ def load_pretrained(path: str | Path = RELEASED) -> Net:
     return model.eval()
 
 
-# --- The layer table ------------------------------------------------------------------------------
+# --- The layer table ---
 
 
 class Layer(NamedTuple):
@@ -118,7 +118,7 @@ def layer_table(model: nn.Module) -> list[Layer]:
 
     Receptive fields: r_out = r_in + (k - 1) * jump_in and jump_out = stride * jump_in (Araujo et
     al., "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019). They end at
-    a branch, where a layer's input is not the output of the layer before.
+    a branch, where a layer's input is not the output before it.
     """
     model = copy.deepcopy(model).eval()
     image = (1, IMAGE_SIZE, IMAGE_SIZE)

@@ -1,4 +1,4 @@
-"""Measure a trained network on the MNIST test set, or on your own images: `python test_model.py`."""
+"""Measure a trained network on the test set, or on your own images: `python test_model.py`."""
 
 from __future__ import annotations
 

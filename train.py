@@ -46,7 +46,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)  # what train_epoch returned
 
 
-# --- Training -------------------------------------------------------------------------------------
+# --- Training ---
 
 
 def train_epoch(run: Run, epoch: int) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def make_loss(recipe: dict[str, Any], device: torch.device) -> Callable[..., Ten
     return teachers.make_loss(recipe, device)
 
 
-# --- One run --------------------------------------------------------------------------------------
+# --- One run ---
 
 
 def train(args: argparse.Namespace, recipe: dict[str, Any]) -> int:
@@ -300,7 +300,7 @@ def measure_on(name: str, model: Net, split: Split, tta: bool = False) -> dict[s
     return {f"{name}_{key}": value for key, value in measured.items()}
 
 
-# --- Stop and resume ------------------------------------------------------------------------------
+# --- Stop and resume ---
 
 
 def save(run: Run, path: Path, **contents: Any) -> None:
@@ -351,7 +351,7 @@ def what_is_kept(run: Run, args: argparse.Namespace) -> str:
     if args.dry_run or not run.history:
         return "Nothing is kept of this training; the same command starts it again."
     words = ["python", "train.py", "--resume", "--out", args.out, "--data-dir", args.data_dir]
-    if args.data_dir == utils.default_data_dir():
+    if args.data_dir == parse_args([])[0].data_dir:
         del words[-2:]
     return (f"{len(run.history)} of {run.recipe['epochs']} epochs are kept; this goes on: "
             + shlex.join(map(str, words)))  # fmt: skip
@@ -365,7 +365,7 @@ def stored_recipe(path: Path, argv: list[str]) -> dict[str, Any]:
     return recipe
 
 
-# --- The command line -----------------------------------------------------------------------------
+# --- The command line ---
 
 
 def parse_args(

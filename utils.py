@@ -34,11 +34,11 @@ from model import CLASS_NAMES, IMAGE_SIZE, Net
 ROOT = Path(__file__).resolve().parent
 SPLITS = {"test": "test", "val": "validation", "train": "training"}  # --split, and their names
 
-# --- Errors and flags -----------------------------------------------------------------------------
+# --- Errors and flags ---
 
 
 class UserError(Exception):
-    """An error the user can mend, shown as one line: what is wrong, and what to do."""
+    """An error that the user can mend: one line says what is wrong, and what to do."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,26 +99,21 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            name = "a whole number" if kind is int else "a number"
+            name = "whole number" if kind is int else "number"
             span = f"of {low} or more" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not {name} {span}")
+            raise argparse.ArgumentTypeError(f"{text} is not a {name} {span}")
         return value
 
     return parse
 
 
-def default_data_dir() -> Path:
-    """$MNIST_DATA_DIR, else the MNIST of this repository."""
-    return Path(os.environ.get("MNIST_DATA_DIR") or ROOT / "data")
-
-
 def add_common_flags(parser: Parser) -> None:
     """--data-dir and --device, the same in all three scripts."""
     add = parser.add_argument
-    add("--data-dir", type=Path, default=default_data_dir(), metavar="DIR",
-        help="folder of a data set in MNIST's format")  # fmt: skip
+    data_dir = Path(os.environ.get("MNIST_DATA_DIR") or ROOT / "data")
+    add("--data-dir", type=Path, default=data_dir, metavar="DIR", help="folder of the data set")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-        help="auto: cuda if it works, else cpu; mps is untested")  # fmt: skip
+        help="auto: cuda if it works, else cpu")  # fmt: skip
 
 
 def add_checkpoint_flags(parser: Parser) -> None:
@@ -139,44 +134,43 @@ def refuse_unused(parser: Parser, args: argparse.Namespace, name: str, others: l
             raise UserError(f"--{name} does not go with --{other.replace('_', '-')}")
 
 
-# --- Device and seeds -----------------------------------------------------------------------------
+# --- Device and seeds ---
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`, after a trial; UserError if it cannot be used.
+    """The device called `name`, once one operation has worked; UserError if it does not.
 
-    "auto" is cuda, or the CPU with a warning if there is a GPU that cannot be used.
+    "auto" is cuda, or the CPU with a warning if there is a GPU that does not work.
     """
-    wanted = name
+    device = name
     if name == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.ones(1, device=wanted).add(1).item()
+        torch.ones(1, device=device).add(1).item()
     except (AssertionError, RuntimeError) as error:  # no such device, or too old, full, taken
         if name != "auto":
             raise UserError(f"--device {name}: {one_line(error)}; try --device cpu") from error
         say("warning", f"the GPU cannot be used, the CPU is: {one_line(error)}")
-        wanted = "cpu"
-    return torch.device(wanted)
+        device = "cpu"
+    return torch.device(device)
 
 
 def to_device(model: Net, device: torch.device) -> Net:
     """Move `model` to `device`. A CPU is fastest with channels-last memory."""
-    is_cpu = device.type == "cpu"
-    return model.to(
-        device, memory_format=torch.channels_last if is_cpu else torch.contiguous_format
-    )
+    if device.type == "cpu":
+        return model.to(device, memory_format=torch.channels_last)
+    return model.to(device)
 
 
 SPLIT, DROPOUT, WEIGHTS, VARIANTS, ORDER = range(5)  # uses of random numbers
 
 
 def derive_seed(use: int, seed: int = 0, epoch: int = 0) -> int:
-    """A 32-bit seed for one `use`. No two start the same numbers, as seed + epoch would."""
+    """A 32-bit seed for one `use`. No two are the same, as sums of seed and epoch would be."""
     return int(np.random.SeedSequence((seed, epoch, use)).generate_state(1)[0])
 
 
-# --- Data -----------------------------------------------------------------------------------------
+# --- Data ---
 
 
 @dataclass
@@ -190,64 +184,58 @@ class Split:
         return len(self.labels)
 
     def select(self, index: Tensor | slice) -> Split:
-        """The images and labels at `index`: indices, a mask or a slice."""
+        """The images and labels at `index`."""
         return Split(self.images[index], self.labels[index])
 
 
 def load_mnist(data_dir: Path, train: bool, device: torch.device) -> Split:
-    """The training or the test images of the data set in `data_dir`, on `device`.
+    """The training or the test images in `data_dir`, on `device`.
 
     Raises UserError for files that are missing or damaged, or do not fit the network.
     """
-    image_file = find_idx(data_dir, train, "images")
-    label_file = find_idx(data_dir, train, "labels")
+    image_file = find_idx(data_dir, train, "images-idx3-ubyte")
+    label_file = find_idx(data_dir, train, "labels-idx1-ubyte")
     images = read_idx(image_file)
     labels = read_idx(label_file)
-    shape = " x ".join(map(str, images.shape))
     if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
-        raise UserError(f"{image_file} has the shape {shape}, and IMAGE_SIZE = {IMAGE_SIZE} "
-                        "(in model.py)")  # fmt: skip
-    if images.max() <= 1:
-        raise UserError(f"{image_file} has pixels up to {images.max()}; multiply them by 255")
+        shape = tuple(images.shape)
+        raise UserError(f"{image_file} has the shape {shape}; model.py: IMAGE_SIZE = {IMAGE_SIZE}")
     if labels.shape != images.shape[:1]:
-        shapes = " x ".join(map(str, labels.shape))
-        raise UserError(f"{label_file} has the shape {shapes}; {image_file.name} needs one number "
-                        f"for each of its {len(images)} images")  # fmt: skip
+        shape = tuple(labels.shape)
+        raise UserError(f"{label_file} has the shape {shape}; ({len(images)},) is needed")
     if labels.max() >= len(CLASS_NAMES):
-        raise UserError(f"{label_file} has labels up to {labels.max()}, and CLASS_NAMES has "
-                        f"{len(CLASS_NAMES)} names (in model.py)")  # fmt: skip
+        raise UserError(f"{label_file} has labels up to {labels.max()}; model.py: CLASS_NAMES has "
+                        f"{len(CLASS_NAMES)}")  # fmt: skip
     if image_file.name.startswith("emnist"):
-        say("warning", f"{image_file.name}: EMNIST's images are transposed; they are turned")
-        images = images.mT.contiguous()
+        images = images.mT.contiguous()  # EMNIST's are transposed
     return Split(images.unsqueeze(1).to(device), labels.long().to(device))
 
 
 def find_idx(data_dir: Path, train: bool, kind: str) -> Path:
-    """The file of the "images" or "labels", packed or not.
+    """The file of this `kind`, packed or not: in MNIST/raw, else the nearest one in `data_dir`.
 
-    The first of these folders that has one counts: MNIST/raw, `data_dir`, those in it, and those
-    in them. UserError if there is none, or if there are several.
+    Raises UserError if there is none, or if there are several.
     """
     names = [f"train-{kind}"] if train else [f"t10k-{kind}", f"test-{kind}"]
     for folders in ("MNIST/raw", ".", "*", "*/*"):
-        found = {}  # a file and its packed twin count once
+        found = {}
         for path in sorted(data_dir.glob(f"{folders}/*ubyte*")):
-            if path.is_file() and any(name in path.name for name in names):
-                found[str(path).replace(".gz", "")] = path
+            name = path.name.replace(".idx", "-idx")  # Kaggle's
+            if path.is_file() and any(wanted in name for wanted in names):
+                found[str(path).replace(".gz", "")] = path  # a file and its packed twin count once
         if len(found) > 1:
-            several = ", ".join(map(str, found.values()))
-            raise UserError(f"--data-dir {data_dir} holds several data sets ({several}): name one")
+            raise UserError(f"--data-dir {data_dir} holds several data sets: {', '.join(found)}; "
+                            "name one")  # fmt: skip
         if found:
             return found.popitem()[1]
-    dims = 3 if kind == "images" else 1
-    raise UserError(f"no file {names[0]}-idx{dims}-ubyte in {data_dir} or the folders in it; "
-                    "without --data-dir the MNIST of this repository is read")  # fmt: skip
+    raise UserError(f"no file {names[0]} in {data_dir} or the folders in it; "
+                    "without --data-dir MNIST is read")  # fmt: skip
 
 
 def read_idx(path: Path) -> Tensor:
-    """The uint8 tensor in an IDX file (the format of LeCun's MNIST page), packed or not.
+    """The uint8 tensor in an IDX file (see LeCun's MNIST page), packed or not.
 
-    Reads only as much as the header declares. Raises UserError if the file is damaged.
+    Reads no more than the header declares. Raises UserError if the file is damaged.
     """
     try:
         with path.open("rb") as raw:
@@ -256,18 +244,15 @@ def read_idx(path: Path) -> Tensor:
             shape = struct.unpack(f">{dims}I", file.read(4 * dims))
             size = math.prod(shape)
             if zeros != 0 or size == 0:
-                raise ValueError("its header is not that of an IDX file")
+                raise ValueError("its header is another")
             if kind != 8:
                 raise ValueError(f"its numbers are of type {kind:#04x}, and 0x08 (uint8) is needed")
             data = bytearray(file.read(size + 1))  # gzip compares its checksum at the end
-    except (OSError, EOFError, MemoryError, OverflowError, ValueError, struct.error) as error:
+            if len(data) != size:
+                what = "truncated" if len(data) < size else "too long"
+                raise ValueError(f"{what}, its header says {shape}")
+    except Exception as error:  # a damaged file makes gzip and struct raise nearly anything
         raise UserError(f"{path} is damaged or not an IDX file: {error}") from error
-    except zlib.error as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if len(data) != size:
-        declared = " x ".join(map(str, shape))
-        what = "truncated" if len(data) < size else "too long"
-        raise UserError(f"{path} is {what}: its header declares {declared} values")
     return torch.frombuffer(data, dtype=torch.uint8).view(shape)
 
 
@@ -277,10 +262,10 @@ def checksum(split: Split) -> int:
 
 
 def make_splits(everything: Split, recipe: dict[str, Any]) -> tuple[Split, Split | None]:
-    """The images to train on, and those held out, or None: "val_size", or the "fold" of "folds".
+    """The images to train on ("train_size"), and those held out ("val_size" or "fold") or None.
 
-    With a "train_size" only so many of the others are trained on. All are stratified, and always
-    the same images. Folds are disjoint, and together the whole. UserError if they ask for too many.
+    They are stratified, and always the same. Folds are disjoint, and together they are all images.
+    Raises UserError if there are too few images.
     """
     folds = recipe["folds"]
     count = len(everything)
@@ -300,8 +285,9 @@ def make_splits(everything: Split, recipe: dict[str, Any]) -> tuple[Split, Split
     rest = pick_evenly(rest, recipe["train_size"] or len(rest))
     device = everything.labels.device
     train_split = everything.select(rest.sort().values.to(device))
-    val_split = everything.select(held_out.sort().values.to(device))
-    return train_split, val_split if len(val_split) else None
+    if not len(held_out):
+        return train_split, None
+    return train_split, everything.select(held_out.sort().values.to(device))
 
 
 def pick_evenly(index: Tensor, size: int) -> Tensor:
@@ -312,16 +298,13 @@ def pick_evenly(index: Tensor, size: int) -> Tensor:
 def load_split(
     name: str, data_dir: Path, checkpoint: dict[str, Any], device: torch.device
 ) -> Split:
-    """The "test", "val" or "train" images of the training that wrote `checkpoint`, as they are.
-
-    UserError if the training held out none, or had other images than those in `data_dir`.
-    """
+    """The "test", "val" or "train" images of `checkpoint`; UserError if they are not there."""
     if name == "test":
         return load_mnist(data_dir, train=False, device=device)
     everything = load_mnist(data_dir, train=True, device=device)
     if checksum(everything) != checkpoint["data_crc"]:
         raise UserError(f"--split {name}: {data_dir} has other training images or labels than "
-                        "this checkpoint was trained on")  # fmt: skip
+                        "this checkpoint")  # fmt: skip
     train_split, val_split = make_splits(everything, checkpoint["recipe"])
     if name == "train":
         return train_split
@@ -330,7 +313,7 @@ def load_split(
     return val_split
 
 
-# --- Batches and augmentation ---------------------------------------------------------------------
+# --- Batches and augmentation ---
 
 PASSES_PER_EPOCH = 3  # after the first epoch; each pass is over a third of the images
 CHUNK = 1024  # images to augment at once: few calls, and the result fits a CPU's cache
@@ -346,15 +329,11 @@ class Loader:
     "Accelerating Deep Learning by Focusing on the Biggest Losers", 2019). The training loop keeps
     the last loss of each image in `losses` (N,).
 
-    `variants`: images uint8 (N, 1, 28, 28), and the probability (N,) of each to be shown instead of
-    the one in `split`.
+    `variants` are images uint8 (N, 1, 28, 28), and the probability (N,) that each is shown instead.
     """
 
     def __init__(
-        self,
-        split: Split,
-        recipe: dict[str, Any],
-        variants: tuple[Tensor, Tensor] | None = None,
+        self, split: Split, recipe: dict[str, Any], variants: tuple[Tensor, Tensor] | None = None
     ) -> None:
         self.split = split
         self.recipe = recipe
@@ -362,7 +341,7 @@ class Loader:
         self.losses = torch.zeros(len(split), device=split.labels.device)
         self.count = len(split)  # images in an epoch
         if self.count % recipe["batch_size"] == 1 and self.count > 1:
-            self.count -= 1  # nn.BatchNorm1d, in a network of yours, cannot train on one image
+            self.count -= 1  # nn.BatchNorm1d, in your network, cannot train on one image
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -371,7 +350,7 @@ class Loader:
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches of epoch `number`, from 0: images float (B, 1, 28, 28), labels (B,), index (B,).
 
-        They depend on `number`, `losses` and what the loader was made of, and on nothing else.
+        They depend on `number`, `losses` and the loader's arguments alone.
         """
         seed = derive_seed(ORDER, self.recipe["seed"], number)
         generator = torch.Generator().manual_seed(seed)
@@ -391,8 +370,8 @@ class Loader:
     def choose(self, count: int, generator: torch.Generator) -> Tensor:
         """Shuffled indices (count,), all different, the hard images among them."""
         priority = torch.rand(len(self.losses), generator=generator)
-        hardest = self.losses.topk(int(self.recipe["hard_fraction"] * count)).indices
-        priority[hardest.cpu()] += 1
+        hard = self.losses.topk(int(self.recipe["hard_fraction"] * count)).indices
+        priority[hard.cpu()] += 1
         chosen = priority.topk(count).indices
         return chosen[torch.randperm(count, generator=generator)].to(self.losses.device)
 
@@ -402,16 +381,15 @@ class Loader:
         if self.variants is None:
             return images
         variants, probability = self.variants
-        is_variant = torch.rand(len(index), generator=generator).to(index.device)
-        is_variant = is_variant < probability[index]
-        return torch.where(is_variant.view(-1, 1, 1, 1), variants[index], images)
+        u = torch.rand(len(index), generator=generator).to(index.device)
+        return torch.where((u < probability[index]).view(-1, 1, 1, 1), variants[index], images)
 
 
 def augment(images: Tensor, recipe: dict[str, Any], generator: torch.Generator) -> Tensor:
-    """Change images at random, each in its own way: float (N, 1, 28, 28), ink 1, to the same.
+    """Change images float (N, 1, 28, 28), ink 1, at random, each in its own way.
 
-    Add your own here. N is about 1,000, and torchvision's transforms draw one random number for
-    all N. So draw N of them, as `torch.rand(len(images), generator=generator)` does.
+    Add your own here. torchvision's transforms draw one random number for all N, about 1,000.
+    So draw N of them, as `torch.rand(len(images), generator=generator)` does.
     """
     u = torch.rand(len(images), 6, generator=generator) * 2 - 1
     matrices = affine_matrices(
@@ -447,7 +425,7 @@ def affine_matrices(angle: Tensor, translate: Tensor, scale: Tensor, shear: Tens
 def grid_basis(device: torch.device) -> Tensor:
     """(3 + K * K, 784), in half images: x, y and 1 of each pixel, then each control point's bump.
 
-    A bump is what moving a control point does to the pixels around it, by bicubic interpolation.
+    The bump is how far the pixels around a control point move with it (bicubic).
     """
     k = ELASTIC_GRID
     whole = [1, 1, IMAGE_SIZE, IMAGE_SIZE]
@@ -458,17 +436,17 @@ def grid_basis(device: torch.device) -> Tensor:
 
 
 def warp(images: Tensor, matrices: Tensor, bends: Tensor, basis: Tensor) -> Tensor:
-    """Transform float images (N, 1, 28, 28) by inverse maps `matrices` (N, 2, 3); 0 outside.
+    """Transform images float (N, 1, 28, 28) by inverse maps `matrices` (N, 2, 3); 0 outside.
 
-    `bends` (N, 2, K * K) move the control points, in pixels. This is `F.affine_grid` and
-    `F.grid_sample`. One product with `grid_basis` makes the grid 15 times as fast on a CPU.
+    `bends` (N, 2, K * K) move the control points, in pixels. The product with `grid_basis` is
+    `F.affine_grid`, 15 times as fast on a CPU.
     """
     grid = torch.cat([matrices, bends], 2).flatten(0, 1) @ basis
     grid = grid.view(-1, 2, IMAGE_SIZE, IMAGE_SIZE).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-# --- Optimiser, schedule, prediction --------------------------------------------------------------
+# --- Optimiser, schedule, prediction ---
 
 SURE = 0.99  # an answer of a higher probability counts as sure
 
@@ -476,13 +454,9 @@ SURE = 0.99  # an answer of a higher probability counts as sure
 def make_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> Optimizer:
     """SGD with Nesterov momentum. Any optimiser whose step needs no closure will do."""
     return SGD(
-        model.parameters(),
-        lr,
-        momentum,
-        weight_decay=weight_decay,
-        nesterov=momentum > 0,
-        fused=True,  # one call a step
-    )
+        model.parameters(), lr, momentum,
+        weight_decay=weight_decay, nesterov=momentum > 0, fused=True,
+    )  # fmt: skip
 
 
 def make_schedule(
@@ -490,39 +464,34 @@ def make_schedule(
 ) -> LRScheduler:
     """One cycle (Smith & Topin, 2018). Any schedule will do whose `step()` needs no metric.
 
-    `step()` is called after each of the `steps`. In the first `warmup` of them (0 to 1; with 0 it
-    starts at the peak) the rate rises from `lr` to `peak_lr`. Then it falls, to reach 0 one step
-    after the last. Both are half a cosine. UserError if `lr` is above `peak_lr`.
+    `step()` is called after each of the `steps`. In the first `warmup` of them, a share, the rate
+    rises from `lr` to `peak_lr`. Then it falls, to reach 0 one step after the last. Both are half a
+    cosine. Raises UserError if `lr` is above `peak_lr`.
     """
     if lr > peak_lr:
         raise UserError(f"--lr {lr} is above --peak-lr {peak_lr}")
     # OneCycleLR counts from 0 to total_steps - 1, and its peak is at pct_start * total_steps - 1.
     return OneCycleLR(
-        optimizer,
-        peak_lr,
-        total_steps=steps + 1,
+        optimizer, peak_lr, total_steps=steps + 1,
         pct_start=(warmup * steps + 1) / (steps + 1) if warmup else 0.0,
-        div_factor=peak_lr / lr,
-        final_div_factor=math.inf,
-        cycle_momentum=False,
-    )
+        div_factor=peak_lr / lr, final_div_factor=math.inf, cycle_momentum=False,
+    )  # fmt: skip
 
 
 @torch.inference_mode()
 def predict(model: nn.Module, images: Tensor, tta: bool = False) -> Tensor:
     """Logits float (N, 10) for uint8 images (N, 1, 28, 28). Puts `model` into eval mode.
 
-    With `tta` (test-time augmentation) it looks nine times at each image that it reads with less
-    than SURE: at its place, and moved by a pixel along x, y or both. The probabilities are added.
+    With `tta` (test-time augmentation) it looks nine times at each image of which it is less than
+    SURE: at its place, and moved by a pixel along x, y or both. The probabilities are added.
     """
     model.eval()
     logits = torch.cat([model(batch / 255) for batch in images.split(500)])
     if tta:
         unsure = logits.softmax(1).amax(1) < SURE
         padded = F.pad(images[unsure], [1] * 4)
-        looks = [
-            padded[..., y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for y in range(3) for x in range(3)
-        ]
+        looks = padded.unfold(2, IMAGE_SIZE, 1).unfold(3, IMAGE_SIZE, 1)  # (N, 1, 3, 3, 28, 28)
+        looks = looks.flatten(2, 3).unbind(2)
         each = torch.stack([predict(model, look).log_softmax(1) for look in looks])
         logits[unsure] = each.logsumexp(0)
     return logits
@@ -541,7 +510,7 @@ def confusion_matrix(predictions: Tensor, labels: Tensor) -> Tensor:
     return pairs.view(classes, classes)
 
 
-# --- Files ----------------------------------------------------------------------------------------
+# --- Files ---
 
 
 @contextlib.contextmanager
@@ -557,11 +526,11 @@ def writing(path: Path) -> Iterator[None]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path, to be `path` at the end; UserError if that fails."""
     target = path.resolve()  # a link stays, and what it points to is replaced
-    temporary = target.parent / f".{target.name}.tmp"  # what a killed process left is overwritten
+    temporary = target.parent / f".{target.name}.tmp"
     with writing(path):
         try:
             if target.exists() and not target.is_file():
-                raise OSError("not an ordinary file")  # such as /dev/null, which root could replace
+                raise OSError("not an ordinary file")  # root could replace /dev/null
             target.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             with temporary.open("rb+") as file:
@@ -573,14 +542,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` as JSON."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock `folder` for a training; UserError if another one has. Windows has no such locks."""
+    """Lock `folder` for a training; UserError if another one has. Windows has no locks."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if os.name == "nt":
@@ -593,58 +562,48 @@ def locked(folder: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(f"another training writes to {folder}; choose another --out") from error
-    except OSError as error:  # some network file systems
-        say("warning", f"{folder} cannot be locked ({error.strerror}); start no second training")
+    except OSError as error:  # some network drives
+        say("warning", f"{folder} cannot be locked ({error.strerror}): start no second training")
     try:
         yield
     finally:
         os.close(handle)
 
 
-# --- Checkpoints ----------------------------------------------------------------------------------
+# --- Checkpoints ---
 
 
 def answer(model: nn.Module) -> Tensor:
-    """The logits (10,) of `model` for one fixed image: equal weights do not make equal networks."""
-    image = torch.linspace(0, 99, IMAGE_SIZE**2).sin().abs()
-    with torch.inference_mode():
-        on_cpu = copy.deepcopy(model).cpu().eval()
-        return on_cpu(image.view(1, 1, IMAGE_SIZE, IMAGE_SIZE))[0].clone()
+    """The logits (10,) of `model` for one fixed image: equal weights need not compute the same."""
+    image = torch.linspace(0, 99, IMAGE_SIZE**2).sin().abs().view(1, 1, IMAGE_SIZE, IMAGE_SIZE)
+    with torch.no_grad():
+        return copy.deepcopy(model).cpu().eval()(image)[0].clone()
 
 
 def save_checkpoint(path: Path, model: nn.Module, **contents: Any) -> None:
-    """Write the weights of `model`, its answer and `contents`, atomically."""
+    """Write the weights of `model`, its answer, and `contents`."""
     weights = {name: weight.cpu().contiguous() for name, weight in model.state_dict().items()}
-    buffer = io.BytesIO()  # torch.save to a full disk raises a RuntimeError that names no file
+    buffer = io.BytesIO()  # on a full disk torch.save raises a RuntimeError that names no file
     torch.save({"model": weights, "answer": answer(model), **contents}, buffer)
     with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
 
 def check_same(path: Path, stored: dict[str, Any], recipe: dict[str, Any]) -> None:
-    """UserError that names the settings of `stored`, the recipe in `path`, which `recipe` changes.
-
-    Teachers may have moved, so they are compared by their weights elsewhere.
-    """
-    if stored.keys() != recipe.keys():
-        raise UserError(f"{path} cannot be resumed, it is of another version of train.py")
-    changed = [name for name in stored if stored[name] != recipe[name] and name != "teacher"]
+    """UserError if `recipe` changes the recipe `stored` in `path`, except for teachers' places."""
+    names = {**stored, **recipe}.keys() - {"teacher"}  # perhaps of two versions of train.py
+    changed = [name for name in sorted(names) if stored.get(name) != recipe.get(name)]
     if changed:
-        made = " ".join(f"--{name} {typed(stored[name])}" for name in changed).replace("_", "-")
-        raise UserError(f"{path} was made with {made}: --resume cannot change that, nor the cycle "
-                        "of its learning rate; leave the flag out, or train anew into another "
-                        "--out, where this network may be the --teacher")  # fmt: skip
-
-
-def typed(value: Any) -> str:
-    """A setting as it is typed on the command line."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        made = " ".join(f"--{name} {stored.get(name)}" for name in changed).replace("_", "-")
+        made = re.sub(r"[],[]", "", made)  # a list as it is typed
+        raise UserError(f"{path} was made with {made}: --resume cannot change that; leave the flag "
+                        "out, or train anew into another --out, perhaps with this as --teacher")
 
 
 def find_runs(path: Path) -> list[Path]:
-    """`path`, or if it is a folder its model.pt, or else that of each folder in it.
+    """`path`, or if it is a folder its model.pt, or else those of the folders in it.
 
-    Raises UserError if there is none, which says what there is instead.
+    If there is none, UserError says what there is.
     """
     if path.is_file():
         return [path]
@@ -652,21 +611,17 @@ def find_runs(path: Path) -> list[Path]:
         if found := sorted(path.glob("model.pt")) or sorted(path.glob("*/model.pt")):
             return found
         path = path / "model.pt"
-    others = sorted([*path.parent.glob("*.pt"), *path.parent.glob("*/*.pt")])
     hint = "`python train.py` makes one"
-    if others:
-        hint = f"there is {', '.join(map(str, others[:3]))}"
-    if others and others[0].name == "last.pt":
-        hint += ", of a training that is not finished: go on with it by " \
-                f"`python train.py --resume --out {others[0].parent}`"  # fmt: skip
+    if others := sorted([*path.parent.glob("*.pt"), *path.parent.glob("*/*.pt")]):
+        hint = f"there is {others[0]}"
+        if others[0].name == "last.pt":
+            hint += (", a training that is not finished; this goes on with it: "
+                     f"python train.py --resume --out {others[0].parent}")  # fmt: skip
     raise UserError(f"there is no {path}; {hint}")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of train.py, without running code from it, and add its "path".
-
-    Raises UserError if it is missing or damaged.
-    """
+    """A checkpoint of train.py, with its "path"; no code in it is run. UserError if damaged."""
     (path,) = find_runs(path)
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
@@ -676,8 +631,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         parts = {"model", "answer", "recipe", "history", "metrics", "data_crc"}
         if missing := parts - checkpoint.keys():
             raise ValueError(f"{', '.join(sorted(missing))} is missing")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file makes zipfile and torch.load raise nearly anything
         why = one_line(error)
         raise UserError(f"{path} is damaged or not a checkpoint of train.py ({why})") from error
@@ -687,8 +640,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def load_model(path: str | Path, device: str | torch.device) -> tuple[Net, dict[str, Any]]:
     """The network of a checkpoint, in eval mode on `device`, and the checkpoint with its "path".
 
-    `path` may be the folder of a run. Raises UserError as `load_checkpoint` does, and if model.py
-    holds another network.
+    `path` may be a run's folder. Raises UserError if the file is damaged or model.py is another.
     """
     found, *others = find_runs(Path(path))
     if others:
@@ -699,9 +651,10 @@ def load_model(path: str | Path, device: str | torch.device) -> tuple[Net, dict[
         recipe = checkpoint["recipe"]
         model = Net(width=recipe["width"], activation=recipe["activation"])
         model.load_state_dict(checkpoint["model"])
+        is_same = torch.allclose(answer(model), checkpoint["answer"], rtol=1e-3, atol=0.01)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         why = one_line(error)
         raise UserError(f"{found} holds another network than model.py ({why})") from error
-    if not torch.allclose(answer(model), checkpoint["answer"], rtol=1e-3, atol=0.01):
+    if not is_same:
         raise UserError(f"model.py computes something else than the network that wrote {found}")
     return to_device(model, torch.device(device)).eval(), checkpoint

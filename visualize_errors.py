@@ -77,7 +77,7 @@ def predict_all(model: Net, split: Split, name: str, tta: bool = False) -> Predi
     return Predictions(Split(split.images.cpu(), split.labels.cpu()), name, probabilities)
 
 
-# --- The pictures -----------------------------------------------------------------------------------------------------
+# --- The pictures ---
 
 
 def plot_errors(predictions: Predictions, limit: int) -> Figure:
@@ -323,7 +323,7 @@ def smooth_grad(model: nn.Module, x: Tensor, digit: int, samples: int = 100, noi
     return gradients.mean(0).abs()[0]
 
 
-# --- Figures and panels -----------------------------------------------------------------------------------------------
+# --- Figures and panels ---
 
 
 def chart(size: tuple[float, float], title: str, columns: int = 1) -> tuple[Figure, Any]:

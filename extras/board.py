@@ -43,7 +43,7 @@ class Board:
     def finish(self, recipe: dict[str, Any], metrics: dict[str, float]) -> None:
         """Write the hyperparameters with the final accuracies."""
         settings = {
-            name: utils.typed(value) if isinstance(value, list) else value
+            name: str(value) if isinstance(value, list) else value
             for name, value in recipe.items()
         }
         finals = {f"final/{name}": value for name, value in metrics.items()}

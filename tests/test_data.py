@@ -58,14 +58,12 @@ def test_files_are_found_packed_or_not_in_each_layout(layout: str, names: str, t
     assert sorted(tmp_path.rglob("*")) == before  # nothing is unpacked
 
 
-def test_emnist_is_turned_and_says_so_in_a_line(capsys, tmp_path: Path) -> None:
+def test_emnist_is_turned(tmp_path: Path) -> None:
     digits = mnist(train=True).select(slice(50))
     turned = digits.images[:, 0].mT.numpy()
     (tmp_path / "emnist-digits-train-images-idx3-ubyte").write_bytes(idx(turned))
     (tmp_path / "emnist-digits-train-labels-idx1-ubyte").write_bytes(idx(digits.labels.numpy()))
-    assert torch.equal(utils.load_mnist(tmp_path, train=True, device=CPU).images, digits.images)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "emnist-digits-train-images" in line and "transposed" in line
+    assert torch.equal(utils.load_mnist(tmp_path, True, CPU).images, digits.images)
 
 
 IMAGES, LABELS = NAMES[2:]
@@ -77,12 +75,11 @@ DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     "empty": (IMAGES, lambda data: b"", "damaged"),
     "not IDX": (IMAGES, lambda data: b"<html>404</html>", "not an IDX file"),
     "enormous": (IMAGES, lambda data: bytes([0, 0, 8, 3]) + 12 * b"\xff", "not an IDX file"),
-    "32x32": (IMAGES, lambda data: idx(np.zeros((9, 32, 32))), "9 x 32 x 32, and IMAGE_SIZE = 28"),
-    "pixels to 1": (IMAGES, lambda data: idx(np.ones((20, 28, 28))), "multiply them by 255"),
+    "32x32": (IMAGES, lambda data: idx(np.zeros((9, 32, 32))), "model.py: IMAGE_SIZE = 28"),
     "int32": (IMAGES, lambda data: data[:2] + b"\x0c" + data[3:], "of type 0x0c, and 0x08 (uint8)"),
-    "label 10": (LABELS, lambda data: idx(np.full(20, 10)), "up to 10, and CLASS_NAMES has 10"),
-    "other number": (LABELS, lambda data: idx(np.zeros(19)), "has the shape 19;"),
-    "one-hot": (LABELS, lambda data: idx(np.eye(10)[[0] * 20]), "has the shape 20 x 10;"),
+    "label 10": (LABELS, lambda data: idx(np.full(20, 10)), "to 10; model.py: CLASS_NAMES has 10"),
+    "other number": (LABELS, lambda data: idx(np.zeros(19)), "shape (19,); (20,) is needed"),
+    "one-hot": (LABELS, lambda data: idx(np.eye(10)[[0] * 20]), "shape (20, 10); (20,) is needed"),
     "gzip cut": (PACKED, lambda data: gzip.compress(data)[:2000], PACKED),
     "gzip sum": (PACKED, lambda data: flip(gzip.compress(data), -5), PACKED),
     "missing": ("other", lambda data: data, "no file t10k-images-idx3-ubyte in"),

@@ -1,4 +1,4 @@
-"""README's "Change one thing": each edit as text in a copy of the repository, then everything that people do next."""
+"""README's "Change one thing": each edit in a copy of the repository, then all that follows."""
 
 import ast
 import json
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import MAINS, ROOT, idx, mnist
 
-Find = Callable[[ast.Module], tuple[int, int]]  # which lines are replaced: from here (counted from 0) to before there
+Find = Callable[[ast.Module], tuple[int, int]]  # the lines to replace: from (the first is 0), to
 
 
 class Edit(NamedTuple):
@@ -49,13 +49,19 @@ def first_line(function: str) -> Find:
 
 def first_return(function: str) -> Find:
     """The first `return` of a function."""
-    returns = lambda tree: [node for node in ast.walk(named(tree, function)) if isinstance(node, ast.Return)]  # noqa: E731
-    return lambda tree: min((node.lineno - 1, node.end_lineno) for node in returns(tree))
+
+
+    def find(tree: ast.Module) -> tuple[int, int]:
+        nodes = ast.walk(named(tree, function))
+        return min((n.lineno - 1, n.end_lineno) for n in nodes if isinstance(n, ast.Return))
+
+    return find
 
 
 COMMON = ("--batch-size", "32", "--val-size", "100")
 ERASING = """\
-    near = (torch.arange(28) - torch.randint(28, (2, len(images), 1), generator=generator)).abs() < 4  # rows, columns
+    middle = torch.randint(28, (2, len(images), 1), generator=generator)  # row, column
+    near = (torch.arange(28) - middle).abs() < 4
     images = images.masked_fill((near[0, :, :, None] & near[1, :, None, :]).unsqueeze(1), 0)
 """
 EXAMPLES_NET = """\
@@ -83,11 +89,13 @@ EDITS = {
         "            Block(12 * width, 12 * width, 3, nn.Identity(), act(), p4),\n",
     ),
     "activation": Edit(
-        "model.py", definition("ACTIVATIONS"), 'ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}\n',
+        "model.py", definition("ACTIVATIONS"),
+        'ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}\n',
         ("--activation", "gelu"),
     ),
     "network": Edit(
-        "model.py", definition("Net"), EXAMPLES_NET, readme="def __init__(self, **settings)", missing="explain.png",
+        "model.py", definition("Net"), EXAMPLES_NET,
+        readme="def __init__(self, **settings)", missing="explain.png",
         refused={".html": "cannot run this network"},
     ),
     "optimiser": Edit(
@@ -97,20 +105,25 @@ EDITS = {
     ),
     "schedule": Edit(
         "utils.py", first_line("make_schedule"),
-        "    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)\n", ("--lr", "0.05"),
+        "    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)\n",
+        ("--lr", "0.05"),
     ),
     "augmentation": Edit("utils.py", first_line("augment"), ERASING),
     "loss": Edit(
         "train.py", first_return("make_loss"),
-        "        return lambda logits, labels, images: F.cross_entropy(logits, labels, label_smoothing=0.1)\n",
+        "        return lambda logits, labels, images: "
+        "F.cross_entropy(logits, labels, label_smoothing=0.1)\n",
     ),
     "data set": Edit(
-        "model.py", definition("IMAGE_SIZE", "CLASSES"), "IMAGE_SIZE = 32\nCLASSES = 47\n",
-        refused={".onnx": "ONNX has no adaptive max pooling", ".html": "it is for ten digits of 28x28"},
+        "model.py", definition("IMAGE_SIZE", "CLASS_NAMES"),
+        "IMAGE_SIZE = 32\nCLASS_NAMES = [chr(33 + i) for i in range(47)]\n",
+        readme="CLASS_NAMES = ", refused={
+            ".onnx": "ONNX has no adaptive max pooling", ".html": "it is for ten digits of 28x28",
+        },
     ),
 }  # fmt: skip
 
-# In the copy, in one process: train, stop after an epoch and resume, measure, draw, export. Prints what came of it.
+# In the copy, in one process: train, stop after an epoch and resume, measure, draw, export.
 DRIVER = """
 import contextlib, io, json, sys
 import test_model, train, utils, visualize_errors
@@ -149,15 +162,18 @@ def write_other_data(folder: Path) -> Path:
     folder.mkdir()
     for part, count in (("train", 640), ("t10k", 50)):
         images, labels = mnist(train=part == "train").select(slice(count))
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(F.pad(images[:, 0], [2] * 4).numpy()))
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx((labels + torch.arange(count) % 38).numpy()))
+        images = F.pad(images[:, 0], [2] * 4)
+        labels = labels + torch.arange(count) % 38
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(images.numpy()))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels.numpy()))
     return folder
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_one_edit_is_enough(name: str, call: Callable, environment: dict, tiny: Path, tmp_path: Path) -> None:
-    edit, data_dir = EDITS[name], write_other_data(tmp_path / "letters") if name == "data set" else tiny
-    exports = (".onnx", ".html") if edit.file == "model.py" else ()  # the others are nothing to them
+def test_one_edit_is_enough(name: str, call, environment: dict, tiny, tmp_path: Path) -> None:
+    edit = EDITS[name]
+    data_dir = write_other_data(tmp_path / "letters") if name == "data set" else tiny
+    exports = (".onnx", ".html") if edit.file == "model.py" else ()  # others are nothing to them
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for line in (edit.readme or edit.new).splitlines():
         assert line.strip() in readme
@@ -168,26 +184,37 @@ def test_one_edit_is_enough(name: str, call: Callable, environment: dict, tiny: 
     text = (ROOT / edit.file).read_text(encoding="utf-8")
     start, end = edit.find(ast.parse(text))
     lines = text.splitlines(keepends=True)
-    (tmp_path / edit.file).write_text("".join([*lines[:start], edit.new, *lines[end:]]), encoding="utf-8")
+    edited = "".join([*lines[:start], edit.new, *lines[end:]])
+    (tmp_path / edit.file).write_text(edited, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, " ".join(exports), *COMMON, *edit.flags],
-        cwd=tmp_path, env={**environment, "MNIST_DATA_DIR": str(data_dir)}, capture_output=True, text=True,
+        cwd=tmp_path, env={**environment, "MNIST_DATA_DIR": str(data_dir)},
+        capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
-    for step, status in {"train": 0, "stopped": 130, "resumed": 0, "measured": 0, "drawn": 0}.items():
+    statuses = {"train": 0, "stopped": 130, "resumed": 0, "measured": 0, "drawn": 0}
+    for step, status in statuses.items():
         assert results[step]["status"] == status, results[step]
-    whole, resumed = (torch.load(tmp_path / out / "model.pt", weights_only=True) for out in ("whole", "resumed"))
-    for part, tensor in whole["model"].items():
-        assert torch.equal(tensor, resumed["model"][part]), part
+
+    def weights(out: str) -> dict[str, torch.Tensor]:
+        return torch.load(tmp_path / out / "model.pt", weights_only=True)["model"]
+
+    whole, resumed = weights("whole"), weights("resumed")
+    for part, tensor in whole.items():
+        assert torch.equal(tensor, resumed[part]), part
     flags = () if name == "activation" else edit.flags  # which the unedited code does not know
-    call("train.py", "--epochs", 2, *COMMON, *flags, "--data-dir", tiny, "--out", tmp_path / "unedited")
-    unedited = torch.load(tmp_path / "unedited" / "model.pt", weights_only=True)["model"]
-    assert unedited.keys() != whole["model"].keys() or not torch.equal(unedited["fc1.bias"], whole["model"]["fc1.bias"])
-    assert len(list((tmp_path / "plots").glob("*.png"))) == 6 - bool(edit.missing), results["drawn"]
+    flags = (*flags, "--data-dir", tiny, "--out", tmp_path / "unedited")
+    call("train.py", "--epochs", 2, *COMMON, *flags)
+    unedited = weights("unedited")
+    is_other = unedited.keys() != whole.keys()
+    assert is_other or not torch.equal(unedited["fc1.bias"], whole["fc1.bias"])
+    pictures = list((tmp_path / "plots").glob("*.png"))
+    assert len(pictures) == 6 - bool(edit.missing), results["drawn"]
     assert f"{edit.missing}: not drawn, " in results["drawn"]["out"] or not edit.missing
     for ending in exports:
         result, needs = results[ending], "needs the package"
         refusal = needs if needs in result["err"] else edit.refused.get(ending)
-        assert result["status"] == (2 if refusal else 0) and (tmp_path / f"network{ending}").exists() != bool(refusal)
+        assert result["status"] == (2 if refusal else 0), result
+        assert (tmp_path / f"network{ending}").exists() != bool(refusal)
         assert not refusal or (refusal in result["err"] and result["err"].count("\n") == 1)

@@ -24,7 +24,7 @@ from utils import UserError, locked
 resource = pytest.importorskip("resource", reason="kills and limits are those of Unix")
 
 
-# train.py that kills itself after the n-th call of one function. argv: its module and name, n, train.py's flags.
+# train.py that kills itself after the n-th call of a function. argv: its module and name, n, flags.
 AIMED_KILL = """
 import os, signal, sys, train, utils
 owner, name, left = {"os": os, "utils": utils}[sys.argv[1]], sys.argv[2], int(sys.argv[3])
@@ -101,8 +101,10 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_stop_in_the_first_epoch_says_that_nothing_is_kept(call, tiny, tmp_path, monkeypatch) -> None:
-    """Neither then, nor in an older training's folder, does --resume stay silent on what it finds."""
+def test_a_stop_in_the_first_epoch_says_that_nothing_is_kept(
+    call, tiny: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """And --resume says what it finds: nothing, or an older training."""
     flags = ("train.py", "--epochs", 3, "--data-dir", tiny, "--out", tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_epoch", interrupt)
@@ -117,7 +119,7 @@ def test_a_stop_in_the_first_epoch_says_that_nothing_is_kept(call, tiny, tmp_pat
     assert f"{tmp_path} is finished" in call(*flags, "--resume")[0]
 
 
-def test_a_stop_while_it_is_measured_loses_nothing(call, refuse, tiny, tmp_path, monkeypatch) -> None:
+def test_a_stop_while_it_is_measured_loses_nothing(call, tiny, tmp_path, monkeypatch) -> None:
     """And a new training says before its first step that it replaces the stopped one."""
     flags = ("train.py", "--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
     with monkeypatch.context() as patch:
@@ -167,7 +169,8 @@ def test_a_full_disk_keeps_the_checkpoint(environment: dict, trained: Path, tmp_
         cwd=ROOT, capture_output=True, text=True, env=environment, preexec_fn=limit,
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "cannot write" in done.stderr.splitlines()[-1] and "last.pt" in done.stderr.splitlines()[-1]
+    last_line = done.stderr.splitlines()[-1]
+    assert "cannot write" in last_line and "last.pt" in last_line
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
@@ -221,7 +224,7 @@ BAD: dict[str, Callable[[dict, Path], object]] = {
 
 
 @pytest.mark.parametrize("how", BAD)
-def test_bad_checkpoints_are_one_line_and_run_no_code(how: str, refuse, trained: Path, tmp_path: Path) -> None:
+def test_bad_checkpoints_are_one_line_and_run_no_code(how, refuse, trained, tmp_path) -> None:
     path, trap = tmp_path / "bad.pt", tmp_path / "trap"
     bad = BAD[how](torch.load(trained / "model.pt", weights_only=True), trap)
     if isinstance(bad, bytes):
@@ -232,7 +235,9 @@ def test_bad_checkpoints_are_one_line_and_run_no_code(how: str, refuse, trained:
     assert not trap.exists()
 
 
-def test_a_missing_checkpoint_is_one_line_that_says_what_is_there(refuse, trained, tmp_path) -> None:
+def test_a_missing_checkpoint_is_one_line_that_says_what_is_there(
+    refuse, trained: Path, tmp_path: Path
+) -> None:
     for path in (tmp_path / "none.pt", tmp_path, tmp_path / "nowhere"):
         refuse("test_model.py", "--checkpoint", path, words=[path, "`python train.py` makes one"])
     shutil.copytree(trained, tmp_path / "seed-0")
@@ -240,11 +245,12 @@ def test_a_missing_checkpoint_is_one_line_that_says_what_is_there(refuse, traine
     refuse("test_model.py", "--checkpoint", tmp_path / "model.pt", words=words)
 
 
-def test_a_flipped_bit_anywhere_or_half_a_file_is_refused_or_harmless(trained: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_anywhere_or_half_a_file_is_refused_or_harmless(trained, tmp_path) -> None:
     """A bit in the archive's padding changes nothing."""
     data, path, refusals = (trained / "model.pt").read_bytes(), tmp_path / "bad.pt", 0
     good = utils.load_checkpoint(trained / "model.pt")["model"]
-    for damaged in (data[:40_000], *(flip(data, at) for at in range(0, len(data), len(data) // 30))):
+    flipped = [flip(data, at) for at in range(0, len(data), len(data) // 30)]
+    for damaged in (data[:40_000], *flipped):
         path.write_bytes(damaged)
         try:
             model, _ = utils.load_model(path, CPU)
@@ -252,7 +258,8 @@ def test_a_flipped_bit_anywhere_or_half_a_file_is_refused_or_harmless(trained: P
             assert "\n" not in str(error) and str(path) in str(error)
             refusals += 1
         else:
-            assert all(torch.equal(good[name], tensor) for name, tensor in model.state_dict().items())
+            for name, tensor in model.state_dict().items():
+                assert torch.equal(good[name], tensor)
     assert refusals > 10
 
 
