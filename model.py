@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +18,8 @@ from torch import Tensor
 IMAGE_SIZE = 28  # pixels a side
 CLASS_NAMES = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
-MAX_WIDTH = 32  # a stranger's checkpoint could ask for more than the memory holds
-RELEASED = Path(__file__).resolve().parent / "assets" / "mnist_cnn.pt"
+MAX_WIDTH = 32  # so that a checkpoint from elsewhere cannot fill the memory
+PRETRAINED = Path(__file__).resolve().parent / "assets" / "mnist_cnn.pt"
 
 
 class Net(nn.Module):
@@ -28,7 +28,7 @@ class Net(nn.Module):
     Input: float (N, 1, 28, 28), ink 1, paper 0. Output: logits (N, 10).
 
     Args:
-        width: factor of all hidden widths, at most MAX_WIDTH, else ValueError.
+        width: factor of all hidden widths, 1 to MAX_WIDTH; else ValueError.
         activation: "silu" (Elfwing et al., 2018) or "relu".
         dropout: rates of the four blocks.
         fc_dropout: rate between the two linear layers.
@@ -67,8 +67,8 @@ class Net(nn.Module):
 class Block(nn.Module):
     """Convolution, batch normalisation, pooling, activation, dropout.
 
-    Input: (N, c_in, H, W). Output: (N, c_out, h, w); only `pool` changes the size. The activation
-    is cheaper behind the pooling. For ReLU both orders are the same function, for SiLU not.
+    Input: (N, c_in, H, W). Output: (N, c_out, h, w); only `pool` changes the size. Pooling comes
+    before the activation because that is cheaper. With ReLU the order makes no difference.
     """
 
     def __init__(
@@ -85,11 +85,12 @@ class Block(nn.Module):
         return self.dropout(self.act(self.pool(self.norm(self.conv(x)))))
 
 
-def load_pretrained(path: str | Path = RELEASED) -> Net:
-    """The network of a checkpoint that train.py wrote, in eval mode on the CPU.
+def load_pretrained(path: str | Path = PRETRAINED) -> Net:
+    """The released network, or that of another checkpoint, in eval mode on the CPU.
 
-    Input: float (N, 1, 28, 28), ink 1, paper 0, as `torchvision.transforms.ToTensor` makes it of
-    an MNIST image: a digit of 20 x 20 pixels, its centre of mass in the middle. Output: logits.
+    The network takes float (N, 1, 28, 28), ink 1, paper 0, as `torchvision.transforms.ToTensor`
+    makes them of MNIST's images, and returns logits (N, 10). MNIST's digits are 20 x 20 pixels
+    large, with the centre of mass in the middle.
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     recipe = checkpoint["recipe"]
@@ -110,22 +111,22 @@ class Layer(NamedTuple):
     receptive_field: int | None
     jump_in: int | None
     jump_out: int | None
-    parameters: tuple[int, ...]  # of the weight, of the bias
+    parameters: tuple[int, ...]  # of weight and bias; of a norm their sum
 
 
 def layer_table(model: nn.Module) -> list[Layer]:
     """The layers of `model`, in the order in which an image passes them.
 
     Receptive fields: r_out = r_in + (k - 1) * jump_in and jump_out = stride * jump_in (Araujo et
-    al., "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019). They end at
-    a branch, where a layer's input is not the output before it.
+    al., "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019). They are
+    None from the first layer on whose input has another size than the output before it.
     """
     model = copy.deepcopy(model).eval()
     image = (1, IMAGE_SIZE, IMAGE_SIZE)
     rows = [Layer("Input", image, image, 1, 1, 1, ())]
     kinds: list[str] = []
 
-    def describe(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def add_row(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         kind = type(layer).__name__.replace("2d", "").replace("Linear", "FC")
         kinds.append(kind)
         name = "AdaptivePool" if kind.startswith("Adaptive") else f"{kind}{kinds.count(kind)}"
@@ -133,37 +134,38 @@ def layer_table(model: nn.Module) -> list[Layer]:
         size_out = tuple(output.shape[1:])
         before = rows[-1]
         field = jump_in = jump_out = None
-        if len(size_in) == 3 and size_in == before.output_size and before.receptive_field:
+        is_chain = before.receptive_field is not None and size_in == before.output_size
+        if is_chain and len(size_in) == 3:
             kernel, stride = kernel_and_stride(layer, size_in[1], size_out[1])
             jump_in = before.jump_out
             jump_out = stride * jump_in
             field = before.receptive_field + (kernel - 1) * jump_in
         parameters = tuple(p.numel() for p in layer.parameters())
         if kind.endswith("Norm"):
-            parameters = (sum(parameters),)  # as in the specification
+            parameters = (sum(parameters),)
         rows.append(Layer(name, size_in, size_out, field, jump_in, jump_out, parameters))
 
     for layer in model.modules():
         is_leaf = not list(layer.children())
         if is_leaf and (hasattr(layer, "weight") or "Pool" in type(layer).__name__):
-            layer.register_forward_hook(describe)
+            layer.register_forward_hook(add_row)
     with torch.no_grad():
         model(next(model.parameters()).new_zeros(1, *image))
     return rows
 
 
 def kernel_and_stride(layer: nn.Module, size_in: int, size_out: int) -> tuple[int, int]:
-    """The width of the window that `layer` slides over its input, and its step, in its pixels."""
+    """Kernel size (with dilation) and stride of `layer`, in pixels of its input."""
     if isinstance(layer, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
-        starts = [i * size_in // size_out for i in range(size_out)]
-        ends = [-(-(i + 1) * size_in // size_out) for i in range(size_out)]
+        starts = [i * size_in // size_out for i in range(size_out)]  # as PyTorch cuts its windows
+        ends = [math.ceil((i + 1) * size_in / size_out) for i in range(size_out)]
         return max(end - start for start, end in zip(starts, ends)), size_in // size_out
 
-    kernel, stride, dilation = (
-        torch.tensor(getattr(layer, name, 1)).flatten()[0].item()  # an int, or one for each side
-        for name in ("kernel_size", "stride", "dilation")
-    )
-    return dilation * (kernel - 1) + 1, stride
+    def first(name: str) -> int:
+        value = getattr(layer, name, 1)
+        return value if isinstance(value, int) else value[0]
+
+    return first("dilation") * (first("kernel_size") - 1) + 1, first("stride")
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -189,7 +191,6 @@ def format_table(rows: list[Layer]) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description="Print the layer table. Takes no flags.").parse_args()
     model = Net()
     print(format_table(layer_table(model)))
     print(f"\nParameters: {count_parameters(model):,}")

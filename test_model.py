@@ -23,14 +23,14 @@ def evaluate(model: Net, split: Split, tta: bool = False) -> dict[str, Any]:
     """
     logits = utils.predict(model, split.images, tta)
     confidence, predictions = logits.softmax(1).max(1)
-    sure = confidence > SURE
+    is_sure = confidence > SURE
     wrong = predictions != split.labels
     confusion = utils.confusion_matrix(predictions, split.labels)
     return {
         **utils.measure(logits, split.labels),
-        "sure": sure.float().mean().item(),
-        "sure_count": int(sure.sum()),
-        "sure_errors": int((sure & wrong).sum()),
+        "sure": is_sure.float().mean().item(),
+        "sure_count": int(is_sure.sum()),
+        "sure_errors": int((is_sure & wrong).sum()),
         "count": len(split),
         "errors": int(wrong.sum()),
         "parameters": count_parameters(model),
@@ -79,18 +79,18 @@ def print_report(results: dict[str, Any]) -> None:
     for row, value in rows.items():
         print(f"{row + ':':{width}}  {value}")
 
-    width = max(len("Class"), *map(len, CLASS_NAMES))
-    print(f"\n{'Class':>{width}}  Count  Errors  Precision   Recall")
+    name_width = max(len("Class"), *map(len, CLASS_NAMES))
+    print(f"\n{'Class':>{name_width}}  Count  Errors  Precision   Recall")
     for row in results["classes"]:
         shares = ["-" if row[k] is None else f"{row[k]:.2%}" for k in ("precision", "recall")]
-        print(f"{row['class']:>{width}}  {row['count']:5d}  {row['errors']:6d}  "
+        print(f"{row['class']:>{name_width}}  {row['count']:5d}  {row['errors']:6d}  "
               f"{shares[0]:>9}  {shares[1]:>7}")  # fmt: skip
 
     print("\nConfusion matrix (row: true class, column: prediction, . for none)")
-    cell = max(6, 1 + max(map(len, CLASS_NAMES)))
-    print(" " * width + "".join(f"{name:>{cell}}" for name in CLASS_NAMES))
+    cell = max(6, 1 + name_width)
+    print(" " * name_width + "".join(f"{name:>{cell}}" for name in CLASS_NAMES))
     for name, row in zip(CLASS_NAMES, results["confusion_matrix"]):
-        print(f"{name:>{width}}" + "".join(f"{count or '.':>{cell}}" for count in row))
+        print(f"{name:>{name_width}}" + "".join(f"{count or '.':>{cell}}" for count in row))
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -102,11 +102,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--json", metavar="PATH",
         help="also write the results as JSON, all shares from 0 to 1; - writes only that")
     add("--images", type=Path, nargs="+", metavar="PATH",
-        help="instead of a split read these images, or folders of images, of a number each")
+        help="read these images, or folders of images; each shows a digit or a number")
     add("--labels", action="store_true",
-        help="the name of each image's folder is the right answer, such as 472: tell the accuracy")
+        help="take the name of an image's folder, such as 472, as its label; print the accuracy")
     add("--raw", action="store_true",
-        help="take --images as the network sees them, ink 255, and look for no digits")
+        help="--images are already as the network sees them, ink 255: search for no digits")
     add("--export", type=Path, metavar="FILE",
         help="only write the network to FILE: as ONNX (.onnx), or as a page to draw on (.html)")
     args = parser.parse_args(argv)

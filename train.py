@@ -25,8 +25,8 @@ import utils
 from model import ACTIVATIONS, MAX_WIDTH, Net, count_parameters
 from utils import Loader, Split, UserError, number
 
-CHECKS = 20  # of the loss in an epoch; a GPU has to wait for each
-STATISTICS = 2000  # training images that measure the batch statistics of the averaged network
+CHECKS = 20  # times an epoch the loss is read; the GPU has to wait for each
+STATISTICS_IMAGES = 2000  # at most; they measure the batch statistics of the averaged network
 
 
 @dataclass
@@ -38,11 +38,11 @@ class Run:
     teacher_crcs: list[int]
     loader: Loader
     model: Net
-    average: Net  # of the weights of `model`; what is measured and saved
+    average: Net  # has the averaged weights of `model`; it is measured and saved
     loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor]
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    dropout: dict[nn.Module, float]  # the dropout layers of `model` and their initial rates
+    dropout_rates: dict[nn.Module, float]  # the initial rate of each dropout layer of `model`
     history: list[dict[str, Any]] = field(default_factory=list)  # what train_epoch returned
 
 
@@ -52,25 +52,26 @@ class Run:
 def train_epoch(run: Run, epoch: int) -> dict[str, Any]:
     """Train epoch number `epoch` (from 0) and return its entry of the history.
 
-    The lists "train_losses" and "learning_rates" have CHECKS values each: the mean loss since the
-    check before, and the rate of the next step.
+    The lists "train_losses" and "learning_rates" have a value for each check: the mean loss since
+    the check before, and the rate of the next step.
     """
     start = time.perf_counter()
     recipe = run.recipe
-    steps = len(run.loader)
-    all_steps = recipe["epochs"] * steps
+    epoch_steps = len(run.loader)
+    total_steps = recipe["epochs"] * epoch_steps
     first_rate = learning_rate(run)
-    rates, sums, counts = [], [], []  # at each check
+    learning_rates, loss_sums, counts = [], [], []  # at each check
     loss_sum, correct = torch.zeros(2, device=run.loader.losses.device)
     seen = 0
     run.model.train()
     torch.manual_seed(utils.derive_seed(utils.DROPOUT, recipe["seed"], epoch))
     bar = tqdm(
-        run.loader.epoch(epoch), f"Epoch {epoch + 1}/{recipe['epochs']}", all_steps,
-        initial=epoch * steps, leave=False, disable=None, dynamic_ncols=True,
+        run.loader.batches(epoch), f"Epoch {epoch + 1}/{recipe['epochs']}", total_steps,
+        initial=epoch * epoch_steps, leave=False, disable=None, dynamic_ncols=True,
     )  # fmt: skip
-    for step, (images, labels, index) in enumerate(bar, epoch * steps):
-        set_dropout(run.dropout, dropout_factor(step / all_steps, recipe["dropout_until"]))
+    for step, (images, labels, index) in enumerate(bar, epoch * epoch_steps):
+        factor = dropout_factor(step / total_steps, recipe["dropout_until"])
+        set_dropout(run.dropout_rates, factor)
         run.optimizer.zero_grad()
         logits = run.model(images)
         loss = run.loss_fn(logits, labels, images)
@@ -84,17 +85,18 @@ def train_epoch(run: Run, epoch: int) -> dict[str, Any]:
         loss_sum += loss.detach() * len(labels)
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
-        if (step + 1) * CHECKS // steps > step * CHECKS // steps:  # also after the last step
-            sums.append(loss_sum.item())
+        # At equal distances, and after the last step.
+        if (step + 1) * CHECKS // epoch_steps > step * CHECKS // epoch_steps:
+            loss_sums.append(loss_sum.item())
             counts.append(seen)
-            rates.append(learning_rate(run))
-            bar.set_postfix(loss=f"{sums[-1] / seen:.4f}", refresh=False)
+            learning_rates.append(learning_rate(run))
+            bar.set_postfix(loss=f"{loss_sums[-1] / seen:.4f}", refresh=False)
     return {
         "epoch": epoch + 1,
         "learning_rate": first_rate,
-        "learning_rates": rates,
-        "train_loss": sums[-1] / seen,
-        "train_losses": (np.diff(sums, prepend=0) / np.diff(counts, prepend=0)).tolist(),
+        "learning_rates": learning_rates,
+        "train_loss": loss_sums[-1] / seen,
+        "train_losses": (np.diff(loss_sums, prepend=0) / np.diff(counts, prepend=0)).tolist(),
         "train_accuracy": correct.item() / seen,
         "seconds": time.perf_counter() - start,
     }
@@ -112,22 +114,24 @@ def update_average(average: Net, model: Net, step: int) -> None:
     It is an average over about the last tenth of all steps so far: polynomial-decay averaging
     (Shamir & Zhang, 2013).
     """
-    for ours, theirs in zip(average.parameters(), model.parameters()):
-        ours.lerp_(theirs, 10 / (10 + step))
+    for averaged, current in zip(average.parameters(), model.parameters()):
+        averaged.lerp_(current, 10 / (10 + step))
 
 
 def dropout_factor(progress: float, until: float) -> float:
     """The factor of all dropout rates at `progress` (0 to 1) of the run: it falls to 0 at `until`.
 
     Early dropout, after Liu et al., "Dropout Reduces Underfitting" (ICML 2023). With an `until` of
-    1 it stays 1, with 0 there is no dropout.
+    0 there is no dropout, with 1 it is constant.
     """
-    if until in (0, 1):
-        return until
+    if until == 0:
+        return 0.0
+    if until == 1:
+        return 1.0
     return max(0.0, 1 - progress / until)
 
 
-def dropout_rates(model: Net) -> dict[nn.Module, float]:
+def find_dropout(model: Net) -> dict[nn.Module, float]:
     """The dropout layers of `model` with their rates."""
     return {m: m.p for m in model.modules() if isinstance(m, (nn.Dropout, nn.Dropout2d))}
 
@@ -156,13 +160,15 @@ def train(args: argparse.Namespace, recipe: dict[str, Any]) -> int:
     device = utils.choose_device(args.device)
     everything = utils.load_mnist(args.data_dir, train=True, device=device)
     train_split, val_split = utils.make_splits(everything, recipe)
-    splits = {"val": val_split, "test": None}
+    splits = {}  # to measure in the end
+    if val_split is not None:
+        splits["val"] = val_split
     if not recipe["folds"]:
         splits["test"] = utils.load_mnist(args.data_dir, train=False, device=device)
     if args.dry_run:
         few = slice(8 * recipe["batch_size"])
         train_split = train_split.select(few)
-        splits = {name: split and split.select(few) for name, split in splits.items()}
+        splits = {name: split.select(few) for name, split in splits.items()}
     run = build_run(recipe, train_split, utils.checksum(everything), device)
     with utils.locked(args.out):
         if args.resume and (args.out / "last.pt").exists():
@@ -172,10 +178,10 @@ def train(args: argparse.Namespace, recipe: dict[str, Any]) -> int:
         if args.tensorboard:
             from extras.board import Board
 
-            board = Board(args.tensorboard / args.out.name, run)
+            board = Board(args.tensorboard / args.out.resolve().name, run)
         try:
             for epoch in range(len(run.history), recipe["epochs"]):
-                end_epoch(run, train_epoch(run, epoch), splits["val"], args.out)
+                end_epoch(run, train_epoch(run, epoch), splits.get("val"), args.out)
                 if board:
                     board.log_epoch(run.history[-1])
             metrics = finish(run, splits, args.out)
@@ -193,7 +199,7 @@ def build_run(recipe: dict[str, Any], split: Split, data_crc: int, device: torch
     settings = ("width", "activation", "dropout", "fc_dropout")
     model = utils.to_device(Net(**{name: recipe[name] for name in settings}), device)
     average = copy.deepcopy(model).requires_grad_(False)
-    set_dropout(dropout_rates(average), 0)
+    set_dropout(find_dropout(average), 0)  # update_bn runs it in train mode
     variants = None
     if recipe["variants"]:
         from extras.variants import draw_variants
@@ -213,10 +219,10 @@ def build_run(recipe: dict[str, Any], split: Split, data_crc: int, device: torch
         optimizer, recipe["lr"], recipe["peak_lr"], recipe["warmup"], steps
     )
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise UserError("make_schedule: ReduceLROnPlateau needs a metric, and a step has none")
+        raise UserError("make_schedule: ReduceLROnPlateau needs a metric; use another schedule")
     return Run(
         recipe, data_crc, teacher_crcs, loader, model, average,
-        make_loss(recipe, device), optimizer, scheduler, dropout_rates(model),
+        make_loss(recipe, device), optimizer, scheduler, find_dropout(model),
     )  # fmt: skip
 
 
@@ -245,13 +251,7 @@ def announce(run: Run, out: Path, device: torch.device) -> None:
 
 def end_epoch(run: Run, entry: dict[str, Any], val_split: Split | None, out: Path) -> None:
     """Measure the averaged network, add `entry` to the history, write last.pt, print the log."""
-    for ours, theirs in zip(run.average.buffers(), run.model.buffers()):
-        ours.copy_(theirs)  # update_bn measures BatchNorm's anew; this is for other layers
-    # Batch statistics are measured on plain images: augmented images are blurred, and have others.
-    plain = run.loader.split.images
-    plain = plain[:: math.ceil(len(plain) / STATISTICS)]
-    batches = plain.tensor_split(math.ceil(len(plain) / 500))  # of one size: all count the same
-    update_bn((images / 255 for images in batches), run.average)
+    update_statistics(run)
     if not all(weights.isfinite().all() for weights in run.average.state_dict().values()):
         raise UserError(f"the weights are not finite after epoch {entry['epoch']}, "
                         "the learning rate was too high; try a lower --peak-lr")  # fmt: skip
@@ -259,8 +259,21 @@ def end_epoch(run: Run, entry: dict[str, Any], val_split: Split | None, out: Pat
         entry.update(measure_on("val", run.average, val_split))
     history = [*run.history, entry]
     save(run, out / "last.pt", history=history, metrics={}, training=training_state(run))
-    run.history = history
+    run.history = history  # only now: a stop tells how many epochs are saved
     print_epoch(entry)
+
+
+def update_statistics(run: Run) -> None:
+    """Measure the batch statistics of the averaged network on plain images.
+
+    Augmented images are blurred, and have others.
+    """
+    for averaged, current in zip(run.average.buffers(), run.model.buffers()):
+        averaged.copy_(current)  # for layers of yours; those of BatchNorm are measured below
+    images = run.loader.split.images
+    images = images[:: math.ceil(len(images) / STATISTICS_IMAGES)]
+    batches = images.tensor_split(math.ceil(len(images) / 500))  # update_bn weights them equally
+    update_bn((batch / 255 for batch in batches), run.average)
 
 
 def print_epoch(entry: dict[str, Any]) -> None:
@@ -272,13 +285,12 @@ def print_epoch(entry: dict[str, Any]) -> None:
     print(end="", flush=True)
 
 
-def finish(run: Run, splits: dict[str, Split | None], out: Path) -> dict[str, float]:
+def finish(run: Run, splits: dict[str, Split], out: Path) -> dict[str, float]:
     """Measure with one look and with nine, let model.pt replace last.pt; returns the metrics."""
     metrics: dict[str, float] = {}
     for name, split in splits.items():
-        if split:
-            metrics.update(measure_on(name, run.average, split))
-            metrics.update(measure_on(f"{name}_tta", run.average, split, tta=True))
+        metrics.update(measure_on(name, run.average, split))
+        metrics.update(measure_on(f"{name}_tta", run.average, split, tta=True))
     save(run, out / "model.pt", history=run.history, metrics=metrics)
     (out / "last.pt").unlink()
     print_result(run.history, metrics)
@@ -347,21 +359,22 @@ def restore(run: Run, path: Path) -> None:
 
 
 def what_is_kept(run: Run, args: argparse.Namespace) -> str:
-    """A sentence for who stops a training, and the command that goes on."""
+    """What a stopped training leaves, and the command that goes on with it."""
     if args.dry_run or not run.history:
         return "Nothing is kept of this training; the same command starts it again."
-    words = ["python", "train.py", "--resume", "--out", args.out, "--data-dir", args.data_dir]
-    if args.data_dir == parse_args([])[0].data_dir:
-        del words[-2:]
+    words = ["python", "train.py", "--resume", "--out", args.out]
+    default, _ = parse_args([])
+    if args.data_dir != default.data_dir:
+        words += ["--data-dir", args.data_dir]
     return (f"{len(run.history)} of {run.recipe['epochs']} epochs are kept; this goes on: "
             + shlex.join(map(str, words)))  # fmt: skip
 
 
-def stored_recipe(path: Path, argv: list[str]) -> dict[str, Any]:
-    """The recipe of the checkpoint at `path`; UserError if flags in `argv` differ from it."""
-    stored = utils.load_checkpoint(path)["recipe"]
+def resumed_recipe(checkpoint: dict[str, Any], argv: list[str]) -> dict[str, Any]:
+    """The recipe of `checkpoint`; UserError if flags in `argv` differ from it."""
+    stored = checkpoint["recipe"]
     _, recipe = parse_args(argv, argparse.Namespace(**stored))
-    utils.check_same(path, stored, recipe)
+    utils.check_same(checkpoint["path"], stored, recipe)
     return recipe
 
 
@@ -379,7 +392,7 @@ def parse_args(
     add = parser.add_argument_group("recipe (saved in the checkpoint)").add_argument
     share = number(float, 0, 1)
     size = number(int, 0)
-    settings = [
+    recipe_flags = [
         add("--epochs", type=number(int, 1, 100_000), default=20, help="epochs to train"),
         add("--batch-size", type=number(int, 2, 65_536), default=64, help="images in a step"),
         add("--lr", type=number(float, 1e-12, 1e6), default=0.015, help="rate of the first step"),
@@ -392,7 +405,7 @@ def parse_args(
         add("--fc-dropout", type=number(float, 0, 0.95), default=0.4,
             help="initial dropout rate between the linear layers"),
         add("--dropout-until", type=share, default=0.1,
-            help="share of the run in which dropout falls to 0; 1: constant"),
+            help="dropout falls to 0 over this share of the run; with 1 it is constant"),
         add("--rotation", type=number(float, 0, 180), default=10.0, help="degrees, either way"),
         add("--scale", type=number(float, 0, 0.9), default=0.1, help="0.1 is 0.9 to 1.1"),
         add("--translate", type=share, default=0.05, help="share of the side, either way"),
@@ -422,14 +435,14 @@ def parse_args(
     add("--out", type=Path, default=Path("checkpoints"), metavar="DIR",
         help="folder of the checkpoints; of several runs also of their logs")  # fmt: skip
     add("--resume", action="store_true", help="go on with the training in --out, or start one")
-    add("--runs", type=number(int, 1), default=1, help="train so often, with consecutive seeds")
+    add("--runs", type=number(int, 1), default=1, help="number of trainings, each with its seed")
     add("--jobs", type=number(int, 1),
         help="processes for --runs or --folds; if not given one for each core, on a GPU 1")
     add("--tensorboard", type=Path, nargs="?", const=Path("runs"), metavar="DIR",
         help="write curves, images and hyperparameters for TensorBoard")  # fmt: skip
     add("--dry-run", action="store_true", help="try everything with a few steps; keep nothing")
     args = parser.parse_args(argv, stored)
-    recipe = {action.dest: getattr(args, action.dest) for action in settings}
+    recipe = {flag.dest: getattr(args, flag.dest) for flag in recipe_flags}
     if recipe["folds"] == 1 or recipe["fold"] > recipe["folds"]:
         raise UserError(f"--folds {recipe['folds']} --fold {recipe['fold']}: "
                         "give 2 folds or more, and one of them")  # fmt: skip
@@ -455,10 +468,10 @@ def main(argv: list[str] | None = None) -> int:
         last = args.out / "last.pt"
         model = args.out / "model.pt"
         if last.exists():
-            recipe = stored_recipe(last, argv)
+            recipe = resumed_recipe(utils.load_checkpoint(last), argv)
         elif model.exists():
-            stored_recipe(model, argv)
             checkpoint = utils.load_checkpoint(model)
+            resumed_recipe(checkpoint, argv)  # other flags are refused
             print(f"{args.out} is finished")
             print_result(checkpoint["history"], checkpoint["metrics"])
             return 0

@@ -68,9 +68,9 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         status = 130
         print("Stopped.", file=sys.stderr)
-    except BrokenPipeError:  # `python test_model.py | head`
+    except BrokenPipeError:  # the reader, such as head, has ended
         status = 1
-        sys.stdout = None  # Python would write the rest at exit, and fail again
+        sys.stdout = None  # or Python writes the rest at exit, and fails again
     except OSError as error:
         if error.filename is not None:
             raise
@@ -138,16 +138,13 @@ def refuse_unused(parser: Parser, args: argparse.Namespace, name: str, others: l
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`, once one operation has worked; UserError if it does not.
-
-    "auto" is cuda, or the CPU with a warning if there is a GPU that does not work.
-    """
+    """The device called `name`; UserError if it does not work. "auto" is cuda, else the CPU."""
     device = name
     if name == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.ones(1, device=device).add(1).item()
-    except (AssertionError, RuntimeError) as error:  # no such device, or too old, full, taken
+    except (AssertionError, RuntimeError) as error:  # without CUDA; too old, full or taken
         if name != "auto":
             raise UserError(f"--device {name}: {one_line(error)}; try --device cpu") from error
         say("warning", f"the GPU cannot be used, the CPU is: {one_line(error)}")
@@ -162,11 +159,11 @@ def to_device(model: Net, device: torch.device) -> Net:
     return model.to(device)
 
 
-SPLIT, DROPOUT, WEIGHTS, VARIANTS, ORDER = range(5)  # uses of random numbers
+HELD_OUT, DROPOUT, WEIGHTS, VARIANTS, ORDER = range(5)  # uses of random numbers
 
 
 def derive_seed(use: int, seed: int = 0, epoch: int = 0) -> int:
-    """A 32-bit seed for one `use`. No two are the same, as sums of seed and epoch would be."""
+    """A 32-bit seed. Unlike seed + epoch, it is another one for each use, seed and epoch."""
     return int(np.random.SeedSequence((seed, epoch, use)).generate_state(1)[0])
 
 
@@ -222,14 +219,13 @@ def find_idx(data_dir: Path, train: bool, kind: str) -> Path:
         for path in sorted(data_dir.glob(f"{folders}/*ubyte*")):
             name = path.name.replace(".idx", "-idx")  # Kaggle's
             if path.is_file() and any(wanted in name for wanted in names):
-                found[str(path).replace(".gz", "")] = path  # a file and its packed twin count once
+                found[str(path).replace(".gz", "")] = path  # packed and unpacked are one
         if len(found) > 1:
             raise UserError(f"--data-dir {data_dir} holds several data sets: {', '.join(found)}; "
                             "name one")  # fmt: skip
         if found:
             return found.popitem()[1]
-    raise UserError(f"no file {names[0]} in {data_dir} or the folders in it; "
-                    "without --data-dir MNIST is read")  # fmt: skip
+    raise UserError(f"no file {names[0]} in {data_dir} or the folders in it; give --data-dir")
 
 
 def read_idx(path: Path) -> Tensor:
@@ -244,7 +240,7 @@ def read_idx(path: Path) -> Tensor:
             shape = struct.unpack(f">{dims}I", file.read(4 * dims))
             size = math.prod(shape)
             if zeros != 0 or size == 0:
-                raise ValueError("its header is another")
+                raise ValueError("its header is wrong")
             if kind != 8:
                 raise ValueError(f"its numbers are of type {kind:#04x}, and 0x08 (uint8) is needed")
             data = bytearray(file.read(size + 1))  # gzip compares its checksum at the end
@@ -270,9 +266,9 @@ def make_splits(everything: Split, recipe: dict[str, Any]) -> tuple[Split, Split
     folds = recipe["folds"]
     count = len(everything)
     too_many = f"--train-size, --val-size or --folds ask for too many of {count:,} images"
-    if max(recipe["val_size"], 10 * folds) >= count:
+    if recipe["val_size"] >= count or 10 * folds >= count:  # ten images a fold at least
         raise UserError(too_many)
-    generator = torch.Generator().manual_seed(derive_seed(SPLIT))
+    generator = torch.Generator().manual_seed(derive_seed(HELD_OUT))
     shuffled = torch.randperm(count, generator=generator)
     by_class = shuffled[everything.labels.cpu()[shuffled].argsort(stable=True)]
     if folds:
@@ -291,7 +287,7 @@ def make_splits(everything: Split, recipe: dict[str, Any]) -> tuple[Split, Split
 
 
 def pick_evenly(index: Tensor, size: int) -> Tensor:
-    """`size` elements of `index` (N,) at equal distances: if sorted by class, as many of each."""
+    """`size` elements of `index` (N,) at equal distances: if sorted by class, stratified."""
     return index[(torch.arange(size) * len(index) + len(index) // 2) // max(size, 1)]
 
 
@@ -324,10 +320,10 @@ class Loader:
     """Shuffled, augmented batches of the training images `split`.
 
     The first epoch shows each image once. After it most images have a loss near zero and teach
-    little. So each later epoch has three passes, each over a third of the images: the
-    "hard_fraction" of it has the largest losses, the rest is drawn at random (after Jiang et al.,
-    "Accelerating Deep Learning by Focusing on the Biggest Losers", 2019). The training loop keeps
-    the last loss of each image in `losses` (N,).
+    little. So each later epoch has three passes over a third of the images each. The share
+    "hard_fraction" of a pass are the images with the largest losses, the others are drawn at random
+    (after Jiang et al., "Accelerating Deep Learning by Focusing on the Biggest Losers", 2019). The
+    training loop keeps the last loss of each image in `losses` (N,).
 
     `variants` are images uint8 (N, 1, 28, 28), and the probability (N,) that each is shown instead.
     """
@@ -339,44 +335,44 @@ class Loader:
         self.recipe = recipe
         self.variants = variants
         self.losses = torch.zeros(len(split), device=split.labels.device)
-        self.count = len(split)  # images in an epoch
-        if self.count % recipe["batch_size"] == 1 and self.count > 1:
-            self.count -= 1  # nn.BatchNorm1d, in your network, cannot train on one image
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return math.ceil(self.count / self.recipe["batch_size"])
+        return math.ceil(len(self.split) / self.recipe["batch_size"])
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Batches of epoch `number`, from 0: images float (B, 1, 28, 28), labels (B,), index (B,).
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of an epoch, from 0: images float (B, 1, 28, 28), labels (B,), index (B,).
 
-        They depend on `number`, `losses` and the loader's arguments alone.
+        They depend on `epoch`, `losses` and the loader's arguments alone.
         """
-        seed = derive_seed(ORDER, self.recipe["seed"], number)
+        seed = derive_seed(ORDER, self.recipe["seed"], epoch)
         generator = torch.Generator().manual_seed(seed)
         batch_size = self.recipe["batch_size"]
         chunk = batch_size * max(1, CHUNK // batch_size)
-        hard = number > 0 and self.recipe["hard_fraction"] > 0
-        passes = min(PASSES_PER_EPOCH, len(self)) if hard else 1
+        passes = 1
+        if epoch > 0 and self.recipe["hard_fraction"] > 0:
+            passes = min(PASSES_PER_EPOCH, len(self))
+        # A pass ends after a whole batch; only the last one of the epoch may be smaller.
         ends = [len(self) * i // passes * batch_size for i in range(1, passes)]
         shown = 0
-        for end in [*ends, self.count]:
+        for end in [*ends, len(self.split)]:
             for index in self.choose(end - shown, generator).split(chunk):
-                images = augment(self.pictures(index, generator) / 255, self.recipe, generator)
-                batches = images, self.split.labels[index], index
-                yield from zip(*(part.split(batch_size) for part in batches))
+                images = self.with_variants(index, generator) / 255
+                images = augment(images, self.recipe, generator)
+                parts = (images, self.split.labels[index], index)
+                yield from zip(*(part.split(batch_size) for part in parts))
             shown = end
 
     def choose(self, count: int, generator: torch.Generator) -> Tensor:
-        """Shuffled indices (count,), all different, the hard images among them."""
+        """Shuffled indices (count,), all different, those of the hard images among them."""
         priority = torch.rand(len(self.losses), generator=generator)
-        hard = self.losses.topk(int(self.recipe["hard_fraction"] * count)).indices
-        priority[hard.cpu()] += 1
+        hardest = self.losses.topk(int(self.recipe["hard_fraction"] * count)).indices
+        priority[hardest.cpu()] += 1  # above that of every other image
         chosen = priority.topk(count).indices
         return chosen[torch.randperm(count, generator=generator)].to(self.losses.device)
 
-    def pictures(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """The images at `index` (B,), or their variants: uint8 (B, 1, 28, 28)."""
+    def with_variants(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """The images at `index` (B,), some of them as variants: uint8 (B, 1, 28, 28)."""
         images = self.split.images[index]
         if self.variants is None:
             return images
@@ -388,8 +384,8 @@ class Loader:
 def augment(images: Tensor, recipe: dict[str, Any], generator: torch.Generator) -> Tensor:
     """Change images float (N, 1, 28, 28), ink 1, at random, each in its own way.
 
-    Add your own here. torchvision's transforms draw one random number for all N, about 1,000.
-    So draw N of them, as `torch.rand(len(images), generator=generator)` does.
+    Add your own here. torchvision's transforms would change all N in the same way. So draw one
+    number for each image: `torch.rand(len(images), generator=generator)`.
     """
     u = torch.rand(len(images), 6, generator=generator) * 2 - 1
     matrices = affine_matrices(
@@ -423,9 +419,9 @@ def affine_matrices(angle: Tensor, translate: Tensor, scale: Tensor, shear: Tens
 
 @functools.lru_cache
 def grid_basis(device: torch.device) -> Tensor:
-    """(3 + K * K, 784), in half images: x, y and 1 of each pixel, then each control point's bump.
+    """(3 + K * K, 784): rows for x, y and 1, then one for each control point, by bicubic weights.
 
-    The bump is how far the pixels around a control point move with it (bicubic).
+    The unit is half an image, as in `F.affine_grid`.
     """
     k = ELASTIC_GRID
     whole = [1, 1, IMAGE_SIZE, IMAGE_SIZE]
@@ -438,8 +434,8 @@ def grid_basis(device: torch.device) -> Tensor:
 def warp(images: Tensor, matrices: Tensor, bends: Tensor, basis: Tensor) -> Tensor:
     """Transform images float (N, 1, 28, 28) by inverse maps `matrices` (N, 2, 3); 0 outside.
 
-    `bends` (N, 2, K * K) move the control points, in pixels. The product with `grid_basis` is
-    `F.affine_grid`, 15 times as fast on a CPU.
+    `bends` (N, 2, K * K) move the control points, in pixels. The product with `basis` is
+    `F.affine_grid` plus the interpolated bends, 15 times as fast on a CPU.
     """
     grid = torch.cat([matrices, bends], 2).flatten(0, 1) @ basis
     grid = grid.view(-1, 2, IMAGE_SIZE, IMAGE_SIZE).permute(0, 2, 3, 1)
@@ -464,16 +460,17 @@ def make_schedule(
 ) -> LRScheduler:
     """One cycle (Smith & Topin, 2018). Any schedule will do whose `step()` needs no metric.
 
-    `step()` is called after each of the `steps`. In the first `warmup` of them, a share, the rate
-    rises from `lr` to `peak_lr`. Then it falls, to reach 0 one step after the last. Both are half a
-    cosine. Raises UserError if `lr` is above `peak_lr`.
+    `step()` is called after each of the `steps`. During the share `warmup` of them the rate rises
+    from `lr` to `peak_lr`, half a cosine. Along another half it then falls, to reach 0 one step
+    after the last. Raises UserError if `lr` is above `peak_lr`.
     """
     if lr > peak_lr:
         raise UserError(f"--lr {lr} is above --peak-lr {peak_lr}")
     # OneCycleLR counts from 0 to total_steps - 1, and its peak is at pct_start * total_steps - 1.
+    peak_step = warmup * steps
     return OneCycleLR(
         optimizer, peak_lr, total_steps=steps + 1,
-        pct_start=(warmup * steps + 1) / (steps + 1) if warmup else 0.0,
+        pct_start=(peak_step + 1) / (steps + 1) if warmup else 0.0,
         div_factor=peak_lr / lr, final_div_factor=math.inf, cycle_momentum=False,
     )  # fmt: skip
 
@@ -482,8 +479,8 @@ def make_schedule(
 def predict(model: nn.Module, images: Tensor, tta: bool = False) -> Tensor:
     """Logits float (N, 10) for uint8 images (N, 1, 28, 28). Puts `model` into eval mode.
 
-    With `tta` (test-time augmentation) it looks nine times at each image of which it is less than
-    SURE: at its place, and moved by a pixel along x, y or both. The probabilities are added.
+    With `tta` (test-time augmentation) it looks nine times at each image whose highest probability
+    is below SURE: as it is, and moved by a pixel along x, y or both. The probabilities are added.
     """
     model.eval()
     logits = torch.cat([model(batch / 255) for batch in images.split(500)])
@@ -515,7 +512,7 @@ def confusion_matrix(predictions: Tensor, labels: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what happens to `path` while it is written into a UserError that names it."""
+    """Turn an OSError while `path` is written into a UserError that names it."""
     try:
         yield
     except OSError as error:
@@ -524,13 +521,13 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, to be `path` at the end; UserError if that fails."""
+    """Yield a temporary path that is renamed to `path` at the end; UserError if that fails."""
     target = path.resolve()  # a link stays, and what it points to is replaced
     temporary = target.parent / f".{target.name}.tmp"
     with writing(path):
         try:
             if target.exists() and not target.is_file():
-                raise OSError("not an ordinary file")  # root could replace /dev/null
+                raise OSError("not an ordinary file")  # a device would become a file
             target.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             with temporary.open("rb+") as file:
@@ -573,37 +570,37 @@ def locked(folder: Path) -> Iterator[None]:
 # --- Checkpoints ---
 
 
-def answer(model: nn.Module) -> Tensor:
-    """The logits (10,) of `model` for one fixed image: equal weights need not compute the same."""
+def fingerprint(model: nn.Module) -> Tensor:
+    """The logits (10,) of `model` for one fixed image. They tell if model.py has been changed."""
     image = torch.linspace(0, 99, IMAGE_SIZE**2).sin().abs().view(1, 1, IMAGE_SIZE, IMAGE_SIZE)
     with torch.no_grad():
-        return copy.deepcopy(model).cpu().eval()(image)[0].clone()
+        return copy.deepcopy(model).cpu().eval()(image)[0]
 
 
 def save_checkpoint(path: Path, model: nn.Module, **contents: Any) -> None:
-    """Write the weights of `model`, its answer, and `contents`."""
+    """Write the weights of `model`, its fingerprint, and `contents`."""
     weights = {name: weight.cpu().contiguous() for name, weight in model.state_dict().items()}
     buffer = io.BytesIO()  # on a full disk torch.save raises a RuntimeError that names no file
-    torch.save({"model": weights, "answer": answer(model), **contents}, buffer)
+    torch.save({"model": weights, "fingerprint": fingerprint(model), **contents}, buffer)
     with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 
 
 def check_same(path: Path, stored: dict[str, Any], recipe: dict[str, Any]) -> None:
-    """UserError if `recipe` changes the recipe `stored` in `path`, except for teachers' places."""
-    names = {**stored, **recipe}.keys() - {"teacher"}  # perhaps of two versions of train.py
+    """UserError if `recipe` is not that of `path`, `stored`; the paths of teachers may change."""
+    names = {**stored, **recipe}.keys() - {"teacher"}  # another version may have had others
     changed = [name for name in sorted(names) if stored.get(name) != recipe.get(name)]
     if changed:
-        made = " ".join(f"--{name} {stored.get(name)}" for name in changed).replace("_", "-")
-        made = re.sub(r"[],[]", "", made)  # a list as it is typed
+        made = " ".join(f"--{name.replace('_', '-')} {stored.get(name)}" for name in changed)
+        made = made.translate(str.maketrans("", "", "[],"))  # a list as it is typed
         raise UserError(f"{path} was made with {made}: --resume cannot change that; leave the flag "
                         "out, or train anew into another --out, perhaps with this as --teacher")
 
 
 def find_runs(path: Path) -> list[Path]:
-    """`path`, or if it is a folder its model.pt, or else those of the folders in it.
+    """The checkpoints at `path`: the file itself, or PATH/model.pt, or those of PATH/*/model.pt.
 
-    If there is none, UserError says what there is.
+    If there is none, a UserError says what there is.
     """
     if path.is_file():
         return [path]
@@ -621,14 +618,13 @@ def find_runs(path: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of train.py, with its "path"; no code in it is run. UserError if damaged."""
-    (path,) = find_runs(path)
+    """The checkpoint in a file, with its "path"; no code in it is run. UserError if damaged."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
             if archive.testzip():
                 raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        parts = {"model", "answer", "recipe", "history", "metrics", "data_crc"}
+        parts = {"model", "fingerprint", "recipe", "history", "metrics", "data_crc"}
         if missing := parts - checkpoint.keys():
             raise ValueError(f"{', '.join(sorted(missing))} is missing")
     except Exception as error:  # a damaged file makes zipfile and torch.load raise nearly anything
@@ -640,7 +636,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def load_model(path: str | Path, device: str | torch.device) -> tuple[Net, dict[str, Any]]:
     """The network of a checkpoint, in eval mode on `device`, and the checkpoint with its "path".
 
-    `path` may be a run's folder. Raises UserError if the file is damaged or model.py is another.
+    `path` may be a run's folder. UserError if the file is damaged, or model.py has been changed.
     """
     found, *others = find_runs(Path(path))
     if others:
@@ -651,7 +647,9 @@ def load_model(path: str | Path, device: str | torch.device) -> tuple[Net, dict[
         recipe = checkpoint["recipe"]
         model = Net(width=recipe["width"], activation=recipe["activation"])
         model.load_state_dict(checkpoint["model"])
-        is_same = torch.allclose(answer(model), checkpoint["answer"], rtol=1e-3, atol=0.01)
+        is_same = torch.allclose(
+            fingerprint(model), checkpoint["fingerprint"], rtol=1e-3, atol=0.01
+        )
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         why = one_line(error)
         raise UserError(f"{found} holds another network than model.py ({why})") from error

@@ -28,7 +28,7 @@ class Board:
         with utils.writing(folder):
             # purge_step hides later epochs of an earlier training into the same folder.
             self.writer = SummaryWriter(str(folder), purge_step=epochs + 1)
-        images, _, _ = next(run.loader.epoch(epochs))
+        images, _, _ = next(run.loader.batches(epochs))
         self.writer.add_images("augmented images", images.clamp(0, 1))
 
     def log_epoch(self, entry: dict[str, Any]) -> None:

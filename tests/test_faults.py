@@ -216,8 +216,8 @@ BAD: dict[str, Callable[[dict, Path], object]] = {
     "parts missing": lambda good, trap: {"model": good["model"]},
     "another width": lambda good, trap: {**good, "recipe": {**good["recipe"], "width": 3}},
     "another recipe": lambda good, trap: {**good, "recipe": {"epochs": 3}},
-    "another network": lambda good, trap: {**good, "model": {**good["model"], "x": good["answer"]}},
-    "another answer": lambda good, trap: {**good, "answer": good["answer"] + 0.1},
+    "another network": lambda good, trap: {**good, "model": {**good["model"], "x": good["fingerprint"]}},
+    "another fingerprint": lambda good, trap: {**good, "fingerprint": good["fingerprint"] + 0.1},
     "text": lambda good, trap: b"hello",  # as it is
     "pickle": lambda good, trap: pickle.dumps(Evil(trap)),
 }

@@ -45,7 +45,7 @@ def test_an_edited_network_has_a_table() -> None:
 def test_dropout_falls_in_each_layer_and_is_off_in_the_average() -> None:
     model = Net()
     model.blocks[2].dropout = nn.Dropout2d(0.3)
-    rates = train.dropout_rates(model)
+    rates = train.find_dropout(model)
     assert len(rates) == len(model.blocks) + 1 and set(rates.values()) == {0.1, 0.2, 0.3, 0.4}
     train.set_dropout(rates, 0.5)
     assert [model.blocks[i].dropout.p for i in (0, 2)] == pytest.approx([0.05, 0.15])
@@ -54,7 +54,7 @@ def test_dropout_falls_in_each_layer_and_is_off_in_the_average() -> None:
     digit = Split(torch.zeros(1, 1, 28, 28), torch.zeros(1))
     run = train.build_run(train.parse_args([])[1], digit, data_crc=0, device=CPU)
     x = torch.rand(64, 1, 28, 28)
-    assert set(run.dropout.values()) == {0.1, 0.2, 0.3, 0.4}
+    assert set(run.dropout_rates.values()) == {0.1, 0.2, 0.3, 0.4}
     assert torch.equal(run.average.train()(x), run.average(x))
 
 

@@ -105,7 +105,7 @@ def test_statistics_of_the_averaged_network_are_those_of_plain_digits(trained, d
     model, checkpoint = utils.load_model(trained / "model.pt", CPU)
     everything = utils.load_mnist(data_dir, train=True, device=CPU)
     split, _ = utils.make_splits(everything, checkpoint["recipe"])
-    x = split.images[:: math.ceil(3600 / train.STATISTICS)] / 255
+    x = split.images[:: math.ceil(3600 / train.STATISTICS_IMAGES)] / 255
     for block in model.blocks:
         outputs = block.conv(x)
         mean, var = outputs.mean((0, 2, 3)), outputs.var((0, 2, 3))
@@ -171,7 +171,7 @@ def parts_of(run: train.Run) -> dict[str, object]:
         "layers": str(run.model),
         "weights": run.model.fc1.weight.detach().clone(),
         "optimizer": [run.optimizer.param_groups[0][name] for name in ("momentum", "weight_decay")],
-        "images": next(run.loader.epoch(1))[0],
+        "images": next(run.loader.batches(1))[0],
         "loss": run.loss_fn(logits, labels, torch.zeros(4, 1, 28, 28)).item(),
     }
     rates = train.train_epoch(run, 1)["learning_rates"]
@@ -263,8 +263,11 @@ def test_losses_of_an_epoch_are_the_means_between_the_checks(build) -> None:
 
 
 def test_a_run_of_one_epoch_has_no_hard_images_and_says_none(call, tiny, tmp_path: Path) -> None:
-    out, _ = call("train.py", "--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
-    assert "hard" not in out and "of augmented images; on plain" in out
+    """And a last batch of one image is no obstacle."""
+    flags = ("--data-dir", tiny, "--out", tmp_path)
+    for size in (1, 65):
+        out, _ = call("train.py", "--epochs", 1, "--train-size", size, *flags)
+        assert "hard" not in out and "of augmented images; on plain" in out
 
 
 def assert_same_bits(a: Path, b: Path) -> None:
