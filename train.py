@@ -111,8 +111,8 @@ def learning_rate(run: Run) -> float:
 def update_average(average: Net, model: Net, step: int) -> None:
     """Move the weights of `average` towards those of `model`; step 0 copies them.
 
-    It is an average over about the last tenth of all steps so far: polynomial-decay averaging
-    (Shamir & Zhang, 2013).
+    This averages about the last tenth of the steps so far: polynomial-decay averaging (Shamir &
+    Zhang, 2013).
     """
     for averaged, current in zip(average.parameters(), model.parameters()):
         averaged.lerp_(current, 10 / (10 + step))
@@ -253,8 +253,8 @@ def end_epoch(run: Run, entry: dict[str, Any], val_split: Split | None, out: Pat
     """Measure the averaged network, add `entry` to the history, write last.pt, print the log."""
     update_statistics(run)
     if not all(weights.isfinite().all() for weights in run.average.state_dict().values()):
-        raise UserError(f"the weights are not finite after epoch {entry['epoch']}, "
-                        "the learning rate was too high; try a lower --peak-lr")  # fmt: skip
+        raise UserError(f"the weights are not finite after epoch {entry['epoch']}; "
+                        "try a lower --peak-lr")  # fmt: skip
     if val_split is not None:
         entry.update(measure_on("val", run.average, val_split))
     history = [*run.history, entry]
@@ -266,7 +266,7 @@ def end_epoch(run: Run, entry: dict[str, Any], val_split: Split | None, out: Pat
 def update_statistics(run: Run) -> None:
     """Measure the batch statistics of the averaged network on plain images.
 
-    Augmented images are blurred, and have others.
+    Augmented images are blurred: theirs differ.
     """
     for averaged, current in zip(run.average.buffers(), run.model.buffers()):
         averaged.copy_(current)  # for layers of yours; those of BatchNorm are measured below

@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Exit with the status of `main`. A UserError is one line on stderr and status 2."""
+    """Exit with the status of `main`; a UserError is one line on stderr and status 2."""
     torch.set_num_threads(1)  # more are slower as soon as anything else runs
     with contextlib.suppress(ValueError):  # only the main thread can set signals
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
@@ -122,7 +122,7 @@ def add_checkpoint_flags(parser: Parser) -> None:
     add("--checkpoint", type=Path, default=Path("checkpoints"), metavar="PATH",
         help="weights written by train.py, or the folder that holds them")  # fmt: skip
     add("--split", choices=tuple(SPLITS), default="test",
-        help="images to read: the test set, those held out from training, or the training images")
+        help="read the test images, those held out from training, or the training images")
     add("--tta", action="store_true",
         help="test-time augmentation: look nine times where one look is not sure")  # fmt: skip
 
@@ -190,6 +190,11 @@ def load_mnist(data_dir: Path, train: bool, device: torch.device) -> Split:
 
     Raises UserError for files that are missing or damaged, or do not fit the network.
     """
+    if any(path.is_dir() for path in data_dir.glob("t[er]*/*")):  # train/LABEL, testing/LABEL
+        from extras import folders
+
+        images, labels = folders.load(data_dir, train)
+        return Split(images.unsqueeze(1).to(device), labels.to(device))
     image_file = find_idx(data_dir, train, "images-idx3-ubyte")
     label_file = find_idx(data_dir, train, "labels-idx1-ubyte")
     images = read_idx(image_file)
@@ -201,8 +206,8 @@ def load_mnist(data_dir: Path, train: bool, device: torch.device) -> Split:
         shape = tuple(labels.shape)
         raise UserError(f"{label_file} has the shape {shape}; ({len(images)},) is needed")
     if labels.max() >= len(CLASS_NAMES):
-        raise UserError(f"{label_file} has labels up to {labels.max()}; model.py: CLASS_NAMES has "
-                        f"{len(CLASS_NAMES)}")  # fmt: skip
+        raise UserError(f"{label_file} has labels up to {labels.max()}; "
+                        f"model.py: CLASS_NAMES has {len(CLASS_NAMES)}")  # fmt: skip
     if image_file.name.startswith("emnist"):
         images = images.mT.contiguous()  # EMNIST's are transposed
     return Split(images.unsqueeze(1).to(device), labels.long().to(device))
@@ -320,10 +325,10 @@ class Loader:
     """Shuffled, augmented batches of the training images `split`.
 
     The first epoch shows each image once. After it most images have a loss near zero and teach
-    little. So each later epoch has three passes over a third of the images each. The share
-    "hard_fraction" of a pass are the images with the largest losses, the others are drawn at random
-    (after Jiang et al., "Accelerating Deep Learning by Focusing on the Biggest Losers", 2019). The
-    training loop keeps the last loss of each image in `losses` (N,).
+    little. So a later epoch has three passes, each over a third of the images: a "hard_fraction" of
+    them have the largest losses, the others are drawn at random (after Jiang et al., "Accelerating
+    Deep Learning by Focusing on the Biggest Losers", 2019). The training loop keeps the last loss
+    of each image in `losses` (N,).
 
     `variants` are images uint8 (N, 1, 28, 28), and the probability (N,) that each is shown instead.
     """
@@ -384,8 +389,8 @@ class Loader:
 def augment(images: Tensor, recipe: dict[str, Any], generator: torch.Generator) -> Tensor:
     """Change images float (N, 1, 28, 28), ink 1, at random, each in its own way.
 
-    Add your own here. torchvision's transforms would change all N in the same way. So draw one
-    number for each image: `torch.rand(len(images), generator=generator)`.
+    Add your own here. torchvision's transforms would change all N alike. So draw one number for
+    each image: `torch.rand(len(images), generator=generator)`.
     """
     u = torch.rand(len(images), 6, generator=generator) * 2 - 1
     matrices = affine_matrices(

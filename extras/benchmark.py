@@ -1,70 +1,40 @@
-"""How fast is training on a CPU, compared with the plain way? `python extras/benchmark.py` prints a table.
+"""Is training fast? `python extras/benchmark.py` compares train.py with the plain way.
 
-Each timing has its own processes, so that no thread pool disturbs another. They load their data, warm up and wait for
-each other before the clock starts. All are timed in turns, alone and beside a process that keeps one core busy, and
-the medians are printed. Close your browser first.
+All are timed in turns, alone and beside a process that keeps one core busy.
 """
 
 from __future__ import annotations
 
-import argparse
+import shutil
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from subprocess import DEVNULL, Popen
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train
 import utils
 from extras import several
 
-CPU = torch.device("cpu")
 THREADS = torch.get_num_threads()  # PyTorch's default, before run_script sets 1
-IMAGES = 6400  # trained on in one timing: 100 steps
-
-Work = Callable[[], object]  # what is timed, after its warm-up: training on so many IMAGES
-
-
-class Contender(NamedTuple):
-    """Processes that each call `prepare` and then do its work, at the same time; with `busy` one core is busy."""
-
-    name: str
-    prepare: Callable[[], Work]
-    threads: int = 1
-    processes: int = 1
-    busy: bool = False
-
-
-class Digits(Dataset):
-    """MNIST's training images as torchvision's own class returns them: transformed PIL images, and labels."""
-
-    def __init__(self, transform: Callable[[Image.Image], torch.Tensor]) -> None:
-        split = utils.load_mnist(ROOT / "data", train=True, device=CPU)
-        self.images, self.labels, self.transform = split.images[:, 0].numpy(), split.labels.tolist(), transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+IMAGES = 6400  # that the plain way trains on, and an epoch of train.py
+NORMALIZE = transforms.Normalize(0.1307, 0.3081)
+AFFINE = transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=10)
 
 
 def plain_network() -> nn.Sequential:
-    """The same network as it is usually written."""
+    """The same network as usually written."""
 
     def block(c_in: int, c_out: int, kernel: int, pool: nn.Module, p: float) -> list[nn.Module]:
         conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
@@ -75,22 +45,23 @@ def plain_network() -> nn.Sequential:
         *block(12, 24, 3, nn.MaxPool2d(2), 0.2),
         *block(24, 24, 3, nn.Identity(), 0.3),
         *block(24, 12, 1, nn.Identity(), 0.4),
-        *[nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(108, 72), nn.ReLU(), nn.Dropout(0.4), nn.Linear(72, 10)],
+        *[nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(108, 72), nn.ReLU()],
+        *[nn.Dropout(0.4), nn.Linear(72, 10)],
     )
 
 
-AFFINE = transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=10)
-
-
-def plain_loader(workers: int, augment: Callable = AFFINE) -> DataLoader:
-    """PIL images and torchvision's transforms."""
-    transform = transforms.Compose([augment, transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
-    return DataLoader(Digits(transform), batch_size=64, shuffle=True, num_workers=workers)
+def plain_loader(workers: int, augment: nn.Module = AFFINE) -> DataLoader:
+    """torchvision's MNIST: PIL images, transformed one by one."""
+    transform = transforms.Compose([augment, transforms.ToTensor(), NORMALIZE])
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "data", folder, dirs_exist_ok=True)
+        digits = datasets.MNIST(folder, transform=transform, download=True)  # unpacks them
+    return DataLoader(digits, batch_size=64, shuffle=True, num_workers=workers)
 
 
 def plain_optimizer(model: nn.Module) -> torch.optim.SGD:
-    """The specification's, as it is usually written."""
-    return torch.optim.SGD(model.parameters(), 0.015, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    """The specification's, as usually written."""
+    return torch.optim.SGD(model.parameters(), 0.015, 0.9, nesterov=True, weight_decay=1e-4)
 
 
 def plain_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable) -> None:
@@ -98,93 +69,80 @@ def plain_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Ite
     total_loss = 0.0
     for images, labels in batches:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
+        loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
         total_loss += loss.item()
 
 
-def plain_way(workers: int) -> Work:
-    """The usual training loop."""
-    batches, model = iter(plain_loader(workers)), plain_network()
+def plain_way(workers: int, threads: int) -> float:
+    """Images per second of the usual training loop."""
+    torch.set_num_threads(threads)
+    batches = iter(plain_loader(workers))
+    model = plain_network()
     optimizer = plain_optimizer(model)
-    plain_epoch(model, optimizer, islice(batches, 16))  # until the workers' first batches are used up
-    return lambda: plain_epoch(model, optimizer, islice(batches, IMAGES // 64))
+    plain_epoch(model, optimizer, islice(batches, 16))  # the workers' first
+    start = time.perf_counter()
+    plain_epoch(model, optimizer, islice(batches, IMAGES // 64))
+    return IMAGES / (time.perf_counter() - start)
 
 
-def train_py() -> Work:
-    """A short run of train.py's own loop, with its share of steps that have dropout."""
-    split = utils.load_mnist(ROOT / "data", train=True, device=CPU)
+def train_py(threads: int = 1, runs: int = 1) -> float:
+    """Images per second of `runs` processes of train.py at the same time.
 
-    def train_on(images: int) -> None:
-        run = train.build_run(train.Recipe(epochs=1), split.select(slice(images)), 0, CPU)
-        train.train_epoch(run, epoch=0)
-
-    train_on(640)
-    return partial(train_on, IMAGES)
-
-
-PLAIN = Contender(f"plain way: 2 workers, {THREADS} threads", partial(plain_way, 2), THREADS)
-PLAIN_AT_ITS_FASTEST = Contender("plain way: 1 worker, 1 thread", partial(plain_way, 1))
-TRAINING = [
-    PLAIN,
-    PLAIN_AT_ITS_FASTEST,
-    Contender("train.py", train_py),
-    Contender("train.py --threads 2", train_py, threads=2),
-    Contender("train.py --runs 2", train_py, processes=2),
-]
-SPIN = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with its parent
+    The first epoch of each warms up. They go on until each has trained its third.
+    """
+    flags = f"--data-dir data --device cpu --threads {threads} --train-size {IMAGES} --epochs 10"
+    command = [sys.executable, "train.py", *flags.split(), "--out"]
+    histories = [[]]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, str(run), "last.pt") for run in range(runs)]
+        running = [Popen([*command, f.parent], cwd=ROOT, stdout=DEVNULL) for f in files]
+        try:
+            while min(map(len, histories)) < 3 and all(p.poll() is None for p in running):
+                time.sleep(1)
+                histories = [torch.load(f)["history"] if f.exists() else [] for f in files]
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+    return sum(IMAGES / statistics.mean(e["seconds"] for e in h[1:]) for h in histories)
 
 
-def images_per_second(contender: Contender) -> float:
-    """One timing: the sum over the contender's processes."""
-    context = torch.multiprocessing.get_context("spawn")
-    start, rates = context.Barrier(contender.processes), context.SimpleQueue()
-    neighbour = subprocess.Popen([sys.executable, "-c", SPIN if contender.busy else "pass"])
-    try:
-        torch.multiprocessing.spawn(time_here, (contender, start, rates), nprocs=contender.processes)
-    finally:
-        neighbour.kill()
-        neighbour.wait()
-    return sum(rates.get() for _ in range(contender.processes))
-
-
-def time_here(_rank: int, contender: Contender, start: Any, rates: Any) -> None:
-    """In a process of its own: get ready, wait for the others at `start`, put images per second into `rates`."""
-    torch.set_num_threads(contender.threads)
-    work = contender.prepare()
-    start.wait()
-    began = time.perf_counter()
-    work()
-    rates.put(IMAGES / (time.perf_counter() - began))
-
-
-def print_table(rates: dict[Contender, float]) -> None:
-    """Images per second and ratios to the plain way, on a quiet machine and beside a busy core."""
-    print("| training | images/s | × plain | × its fastest | one core busy | × plain |\n|---|---:|---:|---:|---:|---:|")
-    for row in TRAINING:
-        rate, busy = rates[row], rates[row._replace(busy=True)]
-        ratios = f"{rate / rates[PLAIN]:.2f} | {rate / rates[PLAIN_AT_ITS_FASTEST]:.2f}"
-        print(f"| {row.name} | {rate:,.0f} | {ratios} | {busy:,.0f} | {busy / rates[PLAIN._replace(busy=True)]:.2f} |")
+PLAIN = f"plain way: 2 workers, {THREADS} threads"
+FASTEST = "plain way: 1 worker, 1 thread"
+CONTENDERS = {
+    PLAIN: lambda: plain_way(2, THREADS),
+    FASTEST: lambda: plain_way(1, 1),
+    "`train.py`": train_py,
+    "`train.py --threads 2`": lambda: train_py(threads=2),
+    "`train.py --runs 2`": lambda: train_py(runs=2),
+}
+SPIN = "import os; me = os.getppid()\nwhile os.getppid() == me: pass"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=utils.positive, default=5, help="timings of each (default: %(default)s)")
-    args = parser.parse_args()
+    parser = utils.Parser(__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=utils.number(int, 1), default=5, help="timings of each")
+    repeats = parser.parse_args().repeats
 
-    contenders = [*TRAINING, *(row._replace(busy=True) for row in TRAINING)]
-    timings: dict[Contender, list[float]] = {contender: [] for contender in contenders}
-    for repeat in range(args.repeats):
-        for contender, rates in timings.items():
-            rates.append(images_per_second(contender))
-            where = ", one core busy" if contender.busy else ""
-            print(f"{repeat + 1}/{args.repeats} {contender.name}{where}: {rates[-1]:,.1f} images/s", file=sys.stderr)
-    medians = {contender: statistics.median(rates) for contender, rates in timings.items()}
-
-    print(f"{several.available_cores()} cores, {torch.backends.cpu.get_cpu_capability()}; torch {torch.__version__}")
-    print(f"Medians of {args.repeats}\n")
-    print_table(medians)
+    rates = {(name, is_busy): [] for is_busy in (False, True) for name in CONTENDERS}
+    for name, is_busy in tqdm(list(rates) * repeats, disable=None):
+        neighbour = Popen([sys.executable, "-c", SPIN if is_busy else ""])
+        rates[name, is_busy].append(CONTENDERS[name]())
+        neighbour.kill()
+        neighbour.wait()
+    cpu = f"{several.available_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    print(f"{cpu}; torch {torch.__version__}; medians of {repeats}\n")
+    print("| training | images/s | × plain | × its fastest | one core busy | × plain |")
+    print("|---|---:|---:|---:|---:|---:|")
+    median = {turn: statistics.median(found) for turn, found in rates.items()}
+    for name in CONTENDERS:
+        alone = median[name, False]
+        busy = median[name, True]
+        print(f"| {name} | {alone:,.0f} | {alone / median[PLAIN, False]:.2f} "
+              f"| {alone / median[FASTEST, False]:.2f} "
+              f"| {busy:,.0f} | {busy / median[PLAIN, True]:.2f} |")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,217 +1,216 @@
-"""Figures of both READMEs: `python extras/figures.py variants`, `... accuracy`, and the table of `... photos DIR`.
+"""Pictures of the READMEs, to assets/: `python extras/figures.py variants`, accuracy or size.
 
-`accuracy` trains for hours, into checkpoints/accuracy, and uses what is already there.
+For `accuracy` and `size` it trains for hours into checkpoints/, and uses what is already there.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple
 
-import matplotlib.style
+import matplotlib
 import numpy as np
 import torch
-import torch.nn as nn
-from matplotlib.ticker import FixedLocator, NullLocator
-from torch import Tensor
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import nn
 from torchvision import transforms
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import utils
-from extras import benchmark, photos, several
+from extras import benchmark
 from extras.variants import PROBABILITY, draw_variants
-from model import load_pretrained
-from visualize_errors import ACCENT, INK, MUTED, SECOND, STYLE, chart, save, sheet, show_image
 
 CPU = torch.device("cpu")
-RUNS = ROOT / "checkpoints" / "accuracy"
-EPOCHS = (1, 2, 5, 10, 20)
-SEEDS, PLAIN_SEEDS = 10, 2
-COLUMNS = 12
-LOGGED = np.interp(np.arange(1, 21), [1, 5, 10, 15], [0.005, 0.0035, 0.0015, 0.00075])  # the specification's rates
+RUNS = ROOT / "checkpoints"
+EPOCHS = (1, 2, 5, 10, 20)  # of `accuracy`
+SEEDS = 10
+PLAIN_SEEDS = 3
+SIZES = {100: 1500, 1000: 400, 10_000: 60, 60_000: 20}  # of `size`: images, and their epochs
+SIZE_SEEDS = 5
+
+HEAD = "one look | std | min | nine looks | std | min | runs |\n|---" + 8 * "|---:" + "|"
+COLORS = {"one look": "#0072b2", "nine looks": "#d55e00"}
+STYLE = {
+    "font.size": 9, "figure.titlesize": 11, "figure.titleweight": "bold", "savefig.dpi": 150,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "axes.edgecolor": "0.6", "xtick.color": "0.4", "ytick.color": "0.4", "grid.color": "0.92",
+}  # fmt: skip
 
 
-class PlainWay(NamedTuple):
-    """A network and its recipe in the usual code, with a learning rate for each epoch."""
+def plot_variants() -> Figure:
+    """Zeros, ones, sevens and nines of MNIST, and the same with what extras/variants.py draws."""
+    digits = utils.load_mnist(ROOT / "data", train=True, device=CPU)
+    drawn, probability = draw_variants(digits, seed=0)
+    ink = digits.images.float()
+    added = (drawn - ink).clamp(min=0).sum((1, 2, 3)) / ink.sum((1, 2, 3))
+    figure = Figure(figsize=(11, 8.4), layout="constrained")
+    title = "Slashes through zeros, flags on ones (some with a base), bars through sevens, tails"
+    figure.suptitle(f"{title} under nines", x=0.01, ha="left")
+    for axis, digit in zip(figure.subplots(len(PROBABILITY)), PROBABILITY):
+        is_clear = (digits.labels == digit) & (probability > 0) & (added > 0.4)
+        chosen = is_clear.nonzero().squeeze(1)[:12]
+        pairs = torch.cat([digits.images[chosen], drawn[chosen]])
+        axis.imshow(make_grid(pairs, nrow=12, padding=1, pad_value=50)[0], cmap="Greys")
+        axis.set(xticks=[], yticks=[15, 44], yticklabels=["MNIST", "drawn"])
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0)
+    return figure
 
-    name: str
-    network: Callable[[], nn.Module]
-    augment: Callable
-    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-    rates: np.ndarray
+
+def train_py(out: Path, runs: int, *flags: object) -> tuple[float, np.ndarray]:
+    """Seconds of the fastest epoch of train.py, and test accuracies in percent (runs, 2).
+
+    Each run has two, with one look and with nine. Trains those that are not in `out`.
+    """
+    flags = ("--runs", runs, "--out", out, "--resume", "--data-dir", "data", *flags)
+    command = [sys.executable, "train.py", *map(str, flags)]
+    if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+        raise utils.UserError(f"train.py failed; if {out} is of another recipe, delete it")
+    found = [utils.load_checkpoint(out / f"seed-{seed}") for seed in range(runs)]
+    metrics = [run["metrics"] for run in found]
+    accuracies = [[100 * m["test_accuracy"], 100 * m["test_tta_accuracy"]] for m in metrics]
+    return min(e["seconds"] for run in found for e in run["history"]), np.array(accuracies)
+
+
+def print_row(name: str, number: float, accuracies: np.ndarray) -> None:
+    """Print accuracies in percent (runs, looks), of one look and perhaps of nine."""
+    cells = [name, f"{number:.0f}"]
+    for look in accuracies.T:
+        cells += [f"{look.mean():.2f} %", f"{look.std(ddof=1):.2f}", f"{look.min():.2f} %"]
+    cells += ["–"] * (8 - len(cells))
+    print(f"| {' | '.join(cells)} | {len(accuracies)} |", flush=True)
+
+
+def chart(title: str, x: list[float], accuracies: list[np.ndarray]) -> Axes:
+    """Curves of accuracies in percent (points, runs, 2) over `x` (points,)."""
+    figure = Figure(figsize=(7.5, 4.4), layout="constrained")
+    figure.suptitle(title, x=0.013, ha="left")
+    axis = figure.subplots()
+    for i, (look, color) in enumerate(COLORS.items()):
+        found = np.array(accuracies)[:, :, i]
+        mean = found.mean(1)
+        std = found.std(1, ddof=1)
+        label = f"train.py, {look}: mean ± std of {found.shape[1]} seeds"
+        axis.fill_between(x, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+        axis.plot(x, mean, "o-", color=color, markersize=4, label=label)
+    axis.grid(axis="y")
+    axis.set(xscale="log", ylabel="test accuracy (%)")
+    return axis
+
+
+def with_legend(axis: Axes, ticks: list[int]) -> Figure:
+    """The figure of `axis`, with `ticks` along x only, and a legend."""
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axis.set_xticks([], minor=True)
+    axis.figure.legend(loc="outside lower center", ncols=2)
+    return axis.figure
+
+
+def plot_size() -> Figure:
+    """Test accuracy over the number of training images; prints a table."""
+    print(f"| images | epochs | {HEAD}")
+    accuracies = []
+    for size, epochs in SIZES.items():
+        flags = ("--train-size", size, "--epochs", epochs)
+        _, of_size = train_py(RUNS / f"size/{size}", SIZE_SEEDS, *flags)
+        accuracies.append(of_size)
+        print_row(f"{size:,}", epochs, of_size)
+    axis = chart("Test accuracy over the number of images", list(SIZES), accuracies)
+    axis.set_xlabel("training images")
+    axis.set_yscale("function", functions=(lambda y: -np.log(100 - y), lambda z: 100 - np.exp(-z)))
+    axis.set(yticks=[90, 95, 98, 99, 99.5], ylim=(90, 99.8))
+    return with_legend(axis, list(SIZES))
 
 
 def examples_network() -> nn.Sequential:
     """The network of pytorch/examples, mnist/main.py: 1.2 million parameters."""
     return nn.Sequential(
-        *[nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)],
-        *[nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)],
-    )
-
-
-def specification(rates: np.ndarray) -> PlainWay:
-    """The specification's recipe as it is written: rotation and scaling, constant dropout, the last weights."""
-    affine = transforms.RandomAffine(10, scale=(0.9, 1.1))
-    name = f"the specification's recipe from {rates[0]:g}"
-    return PlainWay(name, benchmark.plain_network, affine, benchmark.plain_optimizer, rates)
-
-
-PLAIN_WAYS = (
-    specification(LOGGED),  # the rates of its log
-    specification(3 * LOGGED),  # "Initial Learning Rate: 0.015", falling as the log's
-    PlainWay("pytorch/examples, mnist", examples_network, nn.Identity(),
-             lambda model: torch.optim.Adadelta(model.parameters(), 1.0), 0.7 ** np.arange(14)),
-)  # fmt: skip
-
-
-def plot_variants(path: Path) -> None:
-    """Zeros, ones, sevens and nines of MNIST, and the same with what `extras/variants.py` draws."""
-    digits = utils.load_mnist(ROOT / "data", train=True, device=CPU)
-    drawn, probability = draw_variants(digits, seed=0)
-    figure, axes = sheet(
-        "Zeros with a slash, ones with a flag (some with a base), sevens with a bar, nines with a tail",
-        "Upper rows: MNIST's training images. Lower rows: the same with a stroke that much of the world adds",
-        rows=8, columns=COLUMNS, panel=0.8, gap=(0.08, 0.26),
+        nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Dropout(0.25), nn.Flatten(),
+        nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10),
     )  # fmt: skip
-    added = (drawn.float() - digits.images.float()).clamp(min=0).sum((1, 2, 3)) / digits.images.float().sum((1, 2, 3))
-    for digit, (before, after) in zip(PROBABILITY, axes.reshape(4, 2, COLUMNS)):
-        visible = (probability > 0) & (digits.labels == digit) & (added > 0.4)
-        chosen = visible.nonzero().squeeze(1)[:COLUMNS]
-        for row, images, label in ((before, digits.images, "MNIST"), (after, drawn, "drawn")):
-            for axis, image in zip(row, images[chosen, 0]):
-                show_image(axis, image)
-            row[0].set_title(label, loc="left", color=MUTED)
-    save(figure, path)
 
 
-def train_py(epochs: int) -> list[tuple[float, float, float]]:
-    """(seconds, test accuracy, the same with nine looks) of `train.py --epochs` with seeds 0 to 9."""
-    out = RUNS / f"epochs-{epochs}"
-    command = [sys.executable, "train.py", "--runs", SEEDS, "--epochs", epochs, "--out", out, "--resume"]
-    if subprocess.run(list(map(str, command)), cwd=ROOT).returncode:
-        raise utils.UserError(f"training into {out} failed; if it holds runs of another recipe, delete it")
-    checkpoints = [utils.load_checkpoint(out / f"seed-{seed}" / "model.pt") for seed in range(SEEDS)]
-    seconds = [epochs * min(entry["seconds"] for entry in checkpoint["history"]) for checkpoint in checkpoints]
-    metrics = [checkpoint["metrics"] for checkpoint in checkpoints]
-    return [(s, m["test_accuracy"], m["test_tta_accuracy"]) for s, m in zip(seconds, metrics)]
+SCALED = transforms.RandomAffine(10, scale=(0.9, 1.1))
+LOGGED = np.interp(range(1, 21), [1, 5, 10, 15], [0.005, 0.0035, 0.0015, 0.00075])  # its log's
+PLAIN_WAYS = {  # network, augmentation, and the rate of each epoch
+    "the specification's recipe from 0.005": (benchmark.plain_network, SCALED, LOGGED),
+    "the specification's recipe from 0.015": (benchmark.plain_network, SCALED, 3 * LOGGED),
+    "pytorch-examples, mnist": (examples_network, nn.Identity(), 0.7 ** np.arange(14)),
+}
 
 
-def train_the_plain_way(way: PlainWay, seed: int) -> tuple[float, float]:
-    """(seconds, test accuracy) of the last weights of `way`."""
-    path = RUNS / f"{way.network.__name__}-from-{way.rates[0]:g}-seed-{seed}.json"
+def train_the_plain_way(name: str, seed: int) -> tuple[float, float]:
+    """Seconds, as in `plot_accuracy`, and the test accuracy in percent."""
+    path = RUNS / f"accuracy/{name}, seed {seed}.json"
     if not path.exists():
+        network, augment, rates = PLAIN_WAYS[name]
         torch.manual_seed(seed)
-        loader, model = benchmark.plain_loader(0, way.augment), way.network()
-        optimizer, seconds = way.optimizer(model), []
-        for rate in tqdm(way.rates, f"{way.name}, seed {seed}", unit="epoch", disable=None):
+        loader = benchmark.plain_loader(0, augment)
+        model = network()
+        optimizer = benchmark.plain_optimizer(model)
+        if network is examples_network:
+            optimizer = torch.optim.Adadelta(model.parameters())
+        seconds = []
+        for rate in tqdm(rates, f"{name}, seed {seed}", unit="epoch", disable=None):
             optimizer.param_groups[0]["lr"] = rate
-            began = time.perf_counter()
+            start = time.perf_counter()
             benchmark.plain_epoch(model.train(), optimizer, loader)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - start)
         test = utils.load_mnist(ROOT / "data", train=False, device=CPU)
-        model.eval()
-        with torch.inference_mode():
-            logits = torch.cat([model((images / 255 - 0.1307) / 0.3081) for images in test.images.split(500)])
-        utils.write_json(path, [len(seconds) * min(seconds), utils.measure(logits, test.labels)["accuracy"]])
+        logits = utils.predict(nn.Sequential(benchmark.NORMALIZE, model), test.images)
+        accuracy = 100 * utils.measure(logits, test.labels)["accuracy"]
+        utils.write_json(path, [len(rates) * min(seconds), accuracy])
     return tuple(json.loads(path.read_text()))
 
 
-def plot_accuracy(path: Path) -> None:
-    """Mean test accuracy over seconds of training, with a table on standard output.
+def plot_accuracy() -> Figure:
+    """Test accuracy over seconds of training; prints a table.
 
-    The seconds are those of the fastest epoch of all seeds, times the epochs: hours of training are never undisturbed.
+    The seconds are the epochs times the fastest one: hours are never undisturbed.
     """
-    print("\n| training | seconds | one look | std | min | nine looks | std | min | runs |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    points = []
-    rows = {f"`train.py --epochs {n}`": partial(train_py, n) for n in EPOCHS}
-    rows.update({way.name: partial(map, partial(train_the_plain_way, way), range(PLAIN_SEEDS)) for way in PLAIN_WAYS})
-    for name, results in rows.items():
-        seconds, *looks = zip(*results())
-        found = [several.statistics_of([100 * accuracy for accuracy in look]) for look in looks]
-        cells = [f"{look['mean']:.2f} % | {look['std']:.2f} | {look['min']:.2f} %" for look in found]
-        cells += ["– | – | –"] * (2 - len(found))
-        print(f"| {name} | {min(seconds):.0f} | {' | '.join(cells)} | {len(seconds)} |", flush=True)
-        points.append((min(seconds), *(value for look in found for value in (look["mean"], look["std"]))))
-
-    ours, plain = np.array(points[: len(EPOCHS)]).T, points[len(EPOCHS) :]
-    figure, axis = chart((7.5, 4.4), "Test accuracy over the time of training, on one CPU core")
-    for mean, std, color, label in ((ours[1], ours[2], SECOND, "one look"), (ours[3], ours[4], ACCENT, "nine looks")):
-        axis.fill_between(ours[0], mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
-        axis.plot(
-            ours[0], mean, "o-", color=color, markersize=4, label=f"train.py, {label}: mean ± std of {SEEDS} seeds"
-        )
-    for epochs, x, y in zip(EPOCHS, ours[0], ours[3]):
-        axis.annotate(f"{epochs}", (x, y), (0, 7), textcoords="offset points", ha="center", color=INK)
-    for way, (x, y, std) in zip(PLAIN_WAYS, plain):
-        axis.errorbar(x, y, std, fmt="s", color=INK, markersize=5, capsize=3)
-        text = f"{way.name}, the plain way, {way.rates.size} epochs"
-        axis.annotate(text, (x, y), (-10, 0), va="center", textcoords="offset points", ha="right", color=INK)
-    axis.axhline(99.42, color="0.7", linewidth=0.8, linestyle="--", zorder=0)
-    line = "the specification's 99.42%"
-    axis.annotate(line, (plain[-1][0], 99.42), (0, 3), textcoords="offset points", ha="right", color=MUTED)
-    axis.set_xscale("log")
-    axis.xaxis.set(major_locator=FixedLocator([15, 30, 60, 120, 300, 600, 1200]), minor_locator=NullLocator())
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(xlabel="seconds of training; the numbers are epochs", ylabel="test accuracy (%)")
-    axis.grid(axis="y", color="0.92")
-    figure.legend(loc="outside lower center", ncols=2)
-    save(figure, path)
+    print(f"| training | seconds | {HEAD}")
+    times = []
+    accuracies = []
+    for epochs in EPOCHS:
+        fastest, found = train_py(RUNS / f"accuracy/epochs-{epochs}", SEEDS, "--epochs", epochs)
+        times.append(epochs * fastest)
+        accuracies.append(found)
+        print_row(f"`train.py --epochs {epochs}`", epochs * fastest, found)
+    title = "Test accuracy over the time of training, on one CPU core"
+    axis = chart(title, times, accuracies)
+    for epochs, x, found in zip(EPOCHS, times, accuracies):
+        axis.text(x, found[:, 1].mean() + 0.015, epochs, ha="center")
+    for name, marker in zip(PLAIN_WAYS, "v^s"):
+        found = np.array([train_the_plain_way(name, seed) for seed in range(PLAIN_SEEDS)])
+        x = found[:, 0].min()
+        print_row(name, x, found[:, 1:])
+        y = found[:, 1].mean()
+        axis.errorbar(x, y, found[:, 1].std(ddof=1), fmt=marker, color="0.15", label=name)
+    axis.axhline(99.42, color="0.7", linestyle="--", label="the specification's own figure")
+    axis.set_xlabel("seconds of training; the numbers are epochs")
+    return with_legend(axis, [15, 30, 60, 120, 300, 600, 1200])
 
 
-def usual_recipe(gray: Tensor, is_alone: bool) -> Tensor:
-    """The digits in brightness (H, W) as most tutorials cut them out: uint8 (N, 28, 28).
-
-    Otsu's threshold (1979); ink is the rarer side; a box around it, or around each connected part; the middle of the
-    box in the middle of the image. It is told whether the digit `is_alone`.
-    """
-    counts = torch.histc(gray, 256, 0, 1)
-    below, sums = counts.cumsum(0), (counts * torch.arange(256)).cumsum(0)
-    between = (sums[-1] * below / below[-1] - sums) ** 2 / (below * (below[-1] - below)).clamp(min=1)
-    ink = (gray * 255 > between.argmax()).float()
-    ink = 1 - ink if ink.mean() > 0.5 else ink
-    parts = sorted(photos.find_parts(ink, 0.5), key=lambda part: part.left)
-    masks = [ink > 0.5] if is_alone else [photos.mask_of([part], ink) for part in parts]
-    digits = [photos.fit_within(photos.crop(ink, mask), photos.DIGIT_SIZE) for mask in masks]
-    return (255 * torch.stack([transforms.functional.center_crop(digit, [28, 28]) for digit in digits])).byte()
-
-
-def print_photos(folder: Path) -> None:
-    """How many images in `folder`/KIND/NUMBER/ are read right, here and by the usual recipe, as a table."""
-    model = load_pretrained()
-    print("| kind | digits | the usual recipe | numbers | the usual recipe |\n|---|---:|---:|---:|---:|")
-    for kind in sorted(path for path in folder.iterdir() if path.is_dir()):
-        right = np.zeros((2, 3), int)  # rows: digits, numbers; columns: read here, by the usual recipe, in all
-        files = photos.find_images([kind])
-        read = {report["path"]: report["number"] for _, _, report in photos.read_files(model, files)}
-        for path in files:
-            label, image = path.parent.name, photos.open_image(path).convert("L")
-            digits = usual_recipe(torch.from_numpy(np.asarray(image, np.float32) / 255), len(label) == 1)
-            usual = photos.digits_to_text(photos.classify(model, digits).argmax(1))
-            right[int(len(label) > 1)] += read.get(str(path)) == label, usual == label, 1
-        cells = [f"{ours} of {count} | {usual}" if count else "– | –" for ours, usual, count in right]
-        print(f"| {kind.name} | {' | '.join(cells)} |")
+FIGURES = {"variants": plot_variants, "accuracy": plot_accuracy, "size": plot_size}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("figure", choices=("variants", "accuracy", "photos"))
-    parser.add_argument("folder", type=Path, nargs="?", default="photos", help="of DIR/KIND/NUMBER/IMAGE, all readable")
+    parser = utils.Parser(__doc__.splitlines()[0])
+    parser.add_argument("name", choices=FIGURES)
     args = parser.parse_args()
-    if args.figure == "photos":
-        return print_photos(args.folder)
-    with matplotlib.style.context(["default", STYLE]):
-        plot = plot_variants if args.figure == "variants" else plot_accuracy
-        plot(ROOT / "assets" / f"{args.figure}.png")
+    path = ROOT / "assets" / f"{args.name}.png"
+    with matplotlib.rc_context(STYLE), utils.atomic_write(path) as temporary:
+        FIGURES[args.name]().savefig(temporary, format="png")
+    print(f"\nWrote {path}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fixtures: a few thousand of MNIST's digits, a short training on them, and two ways to run the scripts."""
+"""Fixtures: a few thousand of MNIST's digits, short trainings, two ways to run the scripts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Callable
 
-# Before anybody imports torch: two threads that find only one core free wait for each other, ten times as long.
+# Before torch is imported: two threads that find one core free take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -24,6 +24,7 @@ import visualize_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASED = ROOT / "assets" / "mnist_cnn.pt"
+HANDWRITING = ROOT / "assets" / "handwriting.pt"
 CPU = torch.device("cpu")
 MAINS = {
     "train.py": train.main,
@@ -33,15 +34,15 @@ MAINS = {
 
 
 @functools.lru_cache
-def mnist(*, train: bool) -> utils.Split:  # by name only: the cache tells mnist(True) from mnist(train=True)
+def mnist(*, train: bool) -> utils.Split:  # by name only, for the cache
     """The repository's own MNIST; not to be changed in place."""
     return utils.load_mnist(ROOT / "data", train, CPU)
 
 
 def idx(values: np.ndarray) -> bytes:
     """Uint8 `values` as the contents of an IDX file (LeCun's MNIST page)."""
-    header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
-    return header + values.astype(np.uint8).tobytes()
+    sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
+    return bytes([0, 0, 8, values.ndim]) + sizes + values.astype(np.uint8).tobytes()
 
 
 def flip(data: bytes, at: int) -> bytes:
@@ -82,7 +83,8 @@ def test_split() -> utils.Split:
 @pytest.fixture(scope="session")
 def environment(data_dir: Path) -> dict[str, str]:
     """The environment of the scripts that tests run."""
-    return {**os.environ, "MNIST_DATA_DIR": str(data_dir), "MPLBACKEND": "", "CUDA_VISIBLE_DEVICES": ""}
+    ours = {"MNIST_DATA_DIR": str(data_dir), "MPLBACKEND": "", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **ours}
 
 
 @pytest.fixture(scope="session")
@@ -150,13 +152,14 @@ def trained(run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def unfinished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a training of three epochs on `tiny` that was stopped after two; not to be changed."""
+    """The folder of a training of three epochs on `tiny` that was stopped after two."""
     out = tmp_path_factory.mktemp("unfinished")
     print_epoch = train.print_epoch
 
     def stop(entry: dict) -> None:
         if entry["epoch"] == 2:
             raise KeyboardInterrupt
+
     train.print_epoch = stop
     assert train.main(["--epochs", "3", "--data-dir", str(tiny), "--out", str(out)]) == 130
     train.print_epoch = print_epoch

@@ -229,9 +229,6 @@ def test_held_out_images_are_stratified_disjoint_and_the_same_each_time(
     assert sorted(torch.cat([rest.images, held.images]).tolist()) == list(range(230))
     few, same = splits(split, train_size=1, **settings)
     assert torch.equal(same.images, held.images) and few.images in rest.images
-
-
-def test_fewer_training_images_are_stratified(split: Split) -> None:
     few, nothing = splits(split, train_size=60)
     assert len(few) == len(few.images.unique()) == 60 and spread(few) <= 1 and nothing is None
 

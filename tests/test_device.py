@@ -1,4 +1,4 @@
-"""A training on the CPU and on a GPU: every part of it works there, and goes over from one to the other."""
+"""A training on the CPU and on a GPU: all of it works there, and goes from one to the other."""
 
 import json
 from pathlib import Path

@@ -17,7 +17,7 @@ Find = Callable[[ast.Module], tuple[int, int]]  # the lines to replace: from (th
 
 
 class Edit(NamedTuple):
-    """`new` replaces the lines `find` of `file`; `readme`: words of README for it, if not `new` itself.
+    """`new` replaces the lines `find` of `file`; `readme`: README's words for it, if not `new`.
 
     `missing` is a picture that is not drawn, `refused` has exports with words of the refusal.
     """
@@ -33,8 +33,11 @@ class Edit(NamedTuple):
 
 def named(tree: ast.AST, name: str) -> Any:
     """The function, class or assignment of this name."""
-    return next(node for node in ast.walk(tree) if name == getattr(node, "name", None)
-                or (isinstance(node, ast.Assign) and name == ast.unparse(node.targets[0])))  # fmt: skip
+    for node in ast.walk(tree):
+        if name == getattr(node, "name", None):
+            return node
+        if isinstance(node, ast.Assign) and name == ast.unparse(node.targets[0]):
+            return node
 
 
 def definition(first: str, last: str = "") -> Find:

@@ -59,7 +59,7 @@ def test_a_killed_training_is_whole_and_resumes_to_the_same_bits(
     assert done.returncode == -signal.SIGKILL, done.stderr
     utils.load_model(out / "last.pt", CPU)
     if moment != MOMENTS[-1]:  # whoever looks for the network is told what goes on with it
-        words = [out / "last.pt", "not finished", f"`python train.py --resume --out {out}`"]
+        words = [out / "last.pt", "not finished", f"python train.py --resume --out {out}"]
         refuse("test_model.py", "--checkpoint", out, words=words)
         refuse("visualize_errors.py", "--checkpoint", out / "model.pt", words=words)
     call("train.py", "--resume", "--data-dir", tiny, "--out", out)
@@ -216,7 +216,7 @@ BAD: dict[str, Callable[[dict, Path], object]] = {
     "parts missing": lambda good, trap: {"model": good["model"]},
     "another width": lambda good, trap: {**good, "recipe": {**good["recipe"], "width": 3}},
     "another recipe": lambda good, trap: {**good, "recipe": {"epochs": 3}},
-    "another network": lambda good, trap: {**good, "model": {**good["model"], "x": good["fingerprint"]}},
+    "another network": lambda good, trap: {**good, "model": {"x": good["fingerprint"]}},
     "another fingerprint": lambda good, trap: {**good, "fingerprint": good["fingerprint"] + 0.1},
     "text": lambda good, trap: b"hello",  # as it is
     "pickle": lambda good, trap: pickle.dumps(Evil(trap)),

@@ -1,4 +1,4 @@
-"""train.py: optimiser, schedule and average by hand; that every flag is heard; logs; several runs."""
+"""train.py: optimiser, schedule, average by hand; every flag is heard; logs; several runs."""
 
 import json
 import math
@@ -237,7 +237,6 @@ def test_train_logs_in_the_specifications_format_and_learns(run, trained, tmp_pa
     assert lines[-1] == f"Trained in 0 min {sum(entry['seconds'] for entry in history):.0f} s"
 
     assert [entry["epoch"] for entry in history] == [1, 2, 3]
-    assert all(entry["seconds"] > 0 for entry in history)
     assert history[0]["train_loss"] > history[2]["train_loss"]
     for entry in history:
         assert len(entry["learning_rates"]) == len(entry["train_losses"]) == train.CHECKS
@@ -295,24 +294,18 @@ def test_resume_keeps_the_recipe(call, refuse, unfinished, trained, tiny, tmp_pa
     assert f"{out} is finished" in printed and "Final Test Accuracy" in printed
 
 
-def test_resume_with_another_optimiser_or_schedule_is_refused(
-    refuse, unfinished: Path, tiny: Path, monkeypatch
-) -> None:
-    before = (unfinished / "last.pt").read_bytes()
-    flags = ("--resume", "--data-dir", tiny, "--out", unfinished)
-    schedules = torch.optim.lr_scheduler
-    adam = lambda model, lr, *_: torch.optim.Adam(model.parameters(), lr)  # noqa: E731
-    linear = lambda optimizer, *_: schedules.LinearLR(optimizer)  # noqa: E731
-    plateau = lambda optimizer, *_: schedules.ReduceLROnPlateau(optimizer)  # noqa: E731
-    for name, other, words in (
-        ("make_optimizer", adam, "not Adam and OneCycleLR"),
-        ("make_schedule", linear, "not SGD and LinearLR"),
-        ("make_schedule", plateau, "needs a metric"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(utils, name, other)
-            refuse("train.py", *flags, words=[words])
-    assert (unfinished / "last.pt").read_bytes() == before
+OTHERS = {
+    "make_optimizer": lambda model, lr, *_: torch.optim.Adam(model.parameters(), lr),
+    "make_schedule": lambda optimizer, *_: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_optimiser_or_schedule_is_refused(name, refuse, unfinished, tiny, monkeypatch):
+    monkeypatch.setattr(utils, name, OTHERS[name])
+    words = ["not Adam and OneCycleLR" if name == "make_optimizer" else "needs a metric"]
+    flags = ("--data-dir", tiny, "--out", unfinished)
+    refuse("train.py", "--resume", *flags, words=words)
 
 
 SPOILT = {  # what of the training's state is spoilt
@@ -333,10 +326,11 @@ def test_a_spoilt_training_state_is_one_line(part, refuse, unfinished, tiny, tmp
 
 def test_rates_of_numpy_are_kept_as_numbers(call, tiny, tmp_path: Path, monkeypatch) -> None:
     """A schedule of one's own may have them, and checkpoints are read by weights alone."""
-    table = np.linspace(1, 0.5, 100)
-    schedule = lambda optimizer, *_: torch.optim.lr_scheduler.LambdaLR(  # noqa: E731
-        optimizer, lambda step: table[step]
-    )
+
+    def schedule(optimizer, *_):
+        table = np.linspace(1, 0.5, 100)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: table[step])
+
     monkeypatch.setattr(utils, "make_schedule", schedule)
     call("train.py", "--epochs", 2, "--data-dir", tiny, "--out", tmp_path)
     assert utils.load_checkpoint(tmp_path / "model.pt")["history"][0]["learning_rate"] == 0.015
@@ -355,24 +349,12 @@ def test_dry_run_keeps_nothing(call, tmp_path: Path, monkeypatch: pytest.MonkeyP
         train.main(["--dry-run"])
 
 
-def test_what_is_going_to_be_replaced_is_said(call, unfinished, tiny, tmp_path: Path) -> None:
-    out = shutil.copytree(unfinished, tmp_path / "out")
-    flags = ("train.py", "--epochs", 1, "--data-dir", tiny, "--out", out)
-    replaces = f"Replaces {out}, a training that is not finished; to go on with it, add --resume"
-    assert replaces in call(*flags)[0].splitlines()
-    assert f"Replaces {out / 'model.pt'}" in call(*flags)[0].splitlines()
-
-
 def test_what_fails_keeps_the_checkpoint(refuse, trained: Path) -> None:
-    before = {p.name: p.read_bytes() for p in trained.iterdir()}
-    flags = ("train.py", "--lr", 1e30, "--peak-lr", 1e30)
-    with pytest.raises(utils.UserError):
-        train.parse_args(["--lr", "1e30"])
-    flags = ("train.py", "--lr", 1e6, "--peak-lr", 1e6, "--weight-decay", 1)
-    refuse(*flags, "--out", trained, words=["not finite", "--peak-lr"])
-    flags = ("train.py", "--teacher", trained / "model.pt")
-    refuse(*flags, "--out", trained, words=["--teacher", trained])
-    assert {p.name: p.read_bytes() for p in trained.iterdir()} == before
+    before = (trained / "model.pt").read_bytes()
+    flags = ("train.py", "--out", trained, "--lr", 1e6, "--peak-lr", 1e6, "--weight-decay", 1)
+    refuse(*flags, words=["not finite", "--peak-lr"])
+    refuse("train.py", "--teacher", trained, "--out", trained, words=["--teacher", trained])
+    assert [path.read_bytes() for path in trained.iterdir()] == [before]
 
 
 def test_a_teacher_that_has_seen_held_out_images_is_a_warning(trained: Path, capsys) -> None:
@@ -412,7 +394,7 @@ def test_runs_are_those_of_single_commands_and_are_reported(call, tiny, tmp_path
     assert "Epoch 1" in (tmp_path / "two" / "seed-4" / "log.txt").read_text()
 
     report = json.loads((tmp_path / "two" / "runs.json").read_text())
-    for name in ("val_accuracy", "val_tta_accuracy", "test_accuracy", "test_tta_accuracy"):
+    for name in several.TITLES:
         values = [run[name] for run in report["runs"]]
         mean, std = sum(values) / 2, abs(values[0] - values[1]) / math.sqrt(2)
         spread = {"std": std, "sem": std / math.sqrt(2), "min": min(values), "max": max(values)}
@@ -461,30 +443,26 @@ def test_forgotten_flags_of_several_runs_are_refused_before_training(
     refuse("train.py", *runs, *flags, words=["seed-0, seed-1 failed"])  # all flags: it starts
 
 
-def test_tensorboard_missing_or_in_the_way(refuse, tiny, tmp_path: Path, monkeypatch) -> None:
-    out = ("--data-dir", tiny, "--out", tmp_path / "out")
+def test_tensorboard_has_curves_images_and_hyperparameters(
+    call, refuse, tiny: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Without the package, or in a place that cannot be written, it is one line."""
+    board, out = tmp_path / "runs", tmp_path / "out"
+    flags = ("--val-size", 100, "--data-dir", tiny, "--out", out, "--tensorboard")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch.utils.tensorboard", None)
-        refuse("train.py", "--tensorboard", *out, words=["pip install tensorboard"])
-    pytest.importorskip("tensorboard")
-    (tmp_path / "file").write_text("in the way")
-    board = tmp_path / "file" / "below"
-    refuse("train.py", "--tensorboard", board, *out, words=["cannot write", board])
-
-
-def test_tensorboard_has_curves_images_and_hyperparameters(call, tiny, tmp_path: Path) -> None:
+        refuse("train.py", *flags, board, words=["pip install tensorboard"])
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    board, out = tmp_path / "runs", tmp_path / "out"
-    flags = ("--val-size", 100, "--tensorboard", board, "--data-dir", tiny, "--out", out)
-    call("train.py", "--epochs", 3, *flags)
-    call("train.py", "--epochs", 2, *flags)  # a new training into the same folder: new curves
+    (tmp_path / "file").touch()
+    refuse("train.py", *flags, tmp_path / "file" / "below", words=["cannot write"])
+    call("train.py", "--epochs", 3, *flags, board)
+    call("train.py", "--epochs", 2, *flags, board)  # into the same folder: new curves
     events = accumulator.EventAccumulator(str(board / "out"), size_guidance={"images": 0})
     events.Reload()
     tags = events.Tags()
     curves = {"loss/train", "loss/val", "accuracy/train", "accuracy/val", "learning_rate"}
-    assert curves <= set(tags["scalars"])
+    assert curves <= set(tags["scalars"]) and tags["images"] == ["augmented images"]
     assert [event.step for event in events.Scalars("loss/train")] == [1, 2]
-    assert tags["images"] == ["augmented images"]
     metrics = utils.load_checkpoint(out / "model.pt")["metrics"]
     accuracy = events.Scalars("final/test_accuracy")[-1].value
     assert accuracy == pytest.approx(metrics["test_accuracy"])

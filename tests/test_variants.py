@@ -1,4 +1,4 @@
-"""extras/variants.py: flags on ones, bars on sevens, tails on nines, slashes through zeros, where they belong."""
+"""extras/variants.py: slashes through zeros, flags on ones, bars on sevens, tails on nines."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_ones_sevens_nines_and_open_zeros_have_a_variant_and_no_other(drawn: tup
 
 
 def test_each_shape_is_where_it_belongs() -> None:
-    """On a plain vertical stroke: a flag above on the left, a bar on both sides, a tail below on the left."""
+    """On a vertical stroke: a flag above on the left, a bar across, a tail below on the left."""
     images = torch.zeros(21, 1, 28, 28, dtype=torch.uint8)
     images[:, :, 4:24, 13:15] = 255
     labels = torch.tensor([1, 7, 9]).repeat_interleave(7)
@@ -51,8 +51,9 @@ def test_each_shape_is_where_it_belongs() -> None:
 def test_a_slash_crosses_wide_rings_from_lower_left_to_upper_right() -> None:
     y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     radius = torch.hypot(x - 14, y - 14)
-    rings = torch.stack([(9 - (radius - r).abs() * 9).clamp(0, 1) for r in (9.0, 3.0)]).unsqueeze(1)  # one has no room
-    split = Split((255 * rings).byte().repeat_interleave(20, 0), torch.zeros(40, dtype=torch.long))
+    rings = [(9 - (radius - r).abs() * 9).clamp(0, 1) for r in (9.0, 3.0)]  # one has no room
+    rings = (255 * torch.stack(rings)).byte().unsqueeze(1).repeat_interleave(20, 0)
+    split = Split(rings, torch.zeros(40, dtype=torch.long))
     images, probability = draw_variants(split, seed=0)
     assert (probability[:20] > 0).all() and not probability[20:].any()
     ink = images[:20, 0].float() / 255
