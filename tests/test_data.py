@@ -5,7 +5,6 @@ import hashlib
 import math
 import tracemalloc
 from itertools import product
-from pathlib import Path
 from typing import Callable
 
 import numpy as np
@@ -30,7 +29,7 @@ KINDS = ("images-idx3", "labels-idx1")
 NAMES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in KINDS]
 
 
-def test_the_repository_carries_the_official_archives() -> None:
+def test_the_repository_carries_the_official_archives():
     readme = (ROOT / "data" / "README.md").read_text()
     for name, md5 in MNIST.resources:
         assert hashlib.md5((ROOT / "data/MNIST/raw" / name).read_bytes()).hexdigest() == md5
@@ -40,7 +39,7 @@ def test_the_repository_carries_the_official_archives() -> None:
 
 @pytest.mark.parametrize("layout", ["MNIST/raw", ".", "FashionMNIST/raw", "raw"])
 @pytest.mark.parametrize("names", ["packed {}.gz", "{}", "{}.gz", "kmnist-{}", "Kaggle"])
-def test_files_are_found_packed_or_not_in_each_layout(layout: str, names: str, tmp_path) -> None:
+def test_files_are_found_packed_or_not_in_each_layout(layout, names, tmp_path):
     """Contents tell what is packed. Kaggle has ".idx3", and a folder beside each file."""
     packed, names = "packed" in names, names.replace("packed ", "")
     folder = write_mnist(tmp_path / layout, train=50, test=20)
@@ -58,7 +57,7 @@ def test_files_are_found_packed_or_not_in_each_layout(layout: str, names: str, t
     assert sorted(tmp_path.rglob("*")) == before  # nothing is unpacked
 
 
-def test_emnist_is_turned(tmp_path: Path) -> None:
+def test_emnist_is_turned(tmp_path):
     digits = mnist(train=True).select(slice(50))
     turned = digits.images[:, 0].mT.numpy()
     (tmp_path / "emnist-digits-train-images-idx3-ubyte").write_bytes(idx(turned))
@@ -87,7 +86,7 @@ DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_damaged_files_are_one_line_that_names_the_file(how: str, refuse, tmp_path: Path) -> None:
+def test_damaged_files_are_one_line_that_names_the_file(how, refuse, tmp_path):
     name, damage, words = DAMAGES[how]
     good = write_mnist(tmp_path, train=50, test=20) / (LABELS if name == LABELS else IMAGES)
     data = good.read_bytes()
@@ -96,7 +95,7 @@ def test_damaged_files_are_one_line_that_names_the_file(how: str, refuse, tmp_pa
     refuse("train.py", "--data-dir", tmp_path, "--out", tmp_path / "out", words=[words, tmp_path])
 
 
-def test_a_gzip_bomb_is_read_no_further_than_its_header_says(tmp_path: Path) -> None:
+def test_a_gzip_bomb_is_read_no_further_than_its_header_says(tmp_path):
     """64 MiB of zeros behind a header of 20 images."""
     bomb = tmp_path / PACKED
     with gzip.open(bomb, "wb", compresslevel=1) as file:
@@ -111,7 +110,7 @@ def test_a_gzip_bomb_is_read_no_further_than_its_header_says(tmp_path: Path) -> 
     assert peak < 2**20
 
 
-def test_other_files_are_left_alone_and_several_data_sets_are_one_line(refuse, tmp_path) -> None:
+def test_other_files_are_left_alone_and_several_data_sets_are_one_line(refuse, tmp_path):
     (tmp_path / "thesis.tex").write_text("...")
     flags = ("train.py", "--data-dir", tmp_path, "--out", tmp_path / "out")
     refuse(*flags, words=["no file train-images-idx3-ubyte", tmp_path])
@@ -138,16 +137,14 @@ def make_loader(split: Split, variants: tuple | None = None, **settings: object)
 @pytest.mark.parametrize(("count", "sizes"), [
     (230, [64, 64, 64, 38]), (65, [64, 1]), (64, [64]), (1, [1]),
 ])  # fmt: skip
-def test_all_batches_but_the_last_are_full(split: Split, count: int, sizes: list[int]) -> None:
+def test_all_batches_but_the_last_are_full(split, count, sizes):
     loader = make_loader(split.select(slice(count)))
     for epoch in (0, 1):
         found = [tuple(map(len, batch)) for batch in loader.batches(epoch)]
         assert found == [(size,) * 3 for size in sizes] and len(loader) == len(sizes)
 
 
-def test_loader_without_hard_images_shows_each_once_and_depends_on_seed_and_epoch_only(
-    split: Split,
-) -> None:
+def test_loader_without_hard_images_shows_each_once_and_depends_on_seed_and_epoch_only(split):
     def epoch(seed: int, number: int) -> torch.Tensor:
         loader = make_loader(split, seed=seed, hard_fraction=0)
         return torch.cat([x for x, _, _ in loader.batches(number)])
@@ -165,9 +162,7 @@ PASSES = {3072: [1024, 1024, 1024], 3600: [1216, 1216, 1168], 1000: [320, 320, 3
 
 
 @pytest.mark.parametrize(("count", "passes"), PASSES.items())
-def test_each_pass_has_the_images_with_the_largest_losses_and_some_others(
-    count: int, passes: list[int]
-) -> None:
+def test_each_pass_has_the_images_with_the_largest_losses_and_some_others(count, passes):
     """After the first epoch, whatever the number of images; passes are of whole batches of 64."""
     loader = make_loader(mnist(train=True).select(slice(count)))
     shown = torch.cat([index for _, _, index in loader.batches(0)])
@@ -189,7 +184,7 @@ def test_each_pass_has_the_images_with_the_largest_losses_and_some_others(
     assert next(batches, None) is None
 
 
-def test_variants_are_shown_with_their_probability(split: Split) -> None:
+def test_variants_are_shown_with_their_probability(split):
     probability = torch.tensor([0.0, 0.3, 1.0]).repeat(77)[:230]
     black, shown = torch.zeros_like(split.images), []
     for seed in range(200):
@@ -220,9 +215,7 @@ HELD_OUT += [{"folds": 4, "fold": fold} for fold in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize("settings", HELD_OUT)
-def test_held_out_images_are_stratified_disjoint_and_the_same_each_time(
-    split: Split, settings: dict
-) -> None:
+def test_held_out_images_are_stratified_disjoint_and_the_same_each_time(split, settings):
     rest, held = splits(split, **settings)
     assert len(held) == settings.get("val_size", pytest.approx(230 / 4, abs=1))
     assert spread(held) <= 1
@@ -233,18 +226,18 @@ def test_held_out_images_are_stratified_disjoint_and_the_same_each_time(
     assert len(few) == len(few.images.unique()) == 60 and spread(few) <= 1 and nothing is None
 
 
-def test_the_validation_images_are_those_of_the_published_figures() -> None:
+def test_the_validation_images_are_those_of_the_published_figures():
     """They compare only while `--val-size 10000` holds out the same images."""
     _, held = splits(mnist(train=True), val_size=10_000)
     assert held.images[:5].tolist() == [2, 7, 9, 11, 13] and int(held.images.sum()) == 300_517_329
 
 
-def test_folds_cover_everything_once(split: Split) -> None:
+def test_folds_cover_everything_once(split):
     held = [splits(split, folds=4, fold=fold)[1].images for fold in (1, 2, 3, 4)]
     assert torch.cat(held).sort().values.tolist() == list(range(230))
 
 
-def test_seeds_of_different_uses_differ() -> None:
+def test_seeds_of_different_uses_differ():
     """That of the held-out images, too; and a generator takes 32 bits."""
     uses = (utils.HELD_OUT, utils.DROPOUT, utils.WEIGHTS, utils.VARIANTS, utils.ORDER)
     seeds = [utils.derive_seed(*args) for args in product(uses, (0, 1), (0, 1))]
@@ -254,7 +247,7 @@ def test_seeds_of_different_uses_differ() -> None:
 @pytest.mark.parametrize("settings", [
     {"val_size": 400}, {"folds": 4, "fold": 2}, {"train_size": 100, "val_size": 400},
 ])  # fmt: skip
-def test_splits_of_a_checkpoint_are_those_of_its_training(settings: dict, data_dir: Path) -> None:
+def test_splits_of_a_checkpoint_are_those_of_its_training(settings, data_dir):
     recipe = {**NO_SPLITS, **settings}
     everything = utils.load_mnist(data_dir, train=True, device=CPU)
     checkpoint = {"recipe": recipe, "data_crc": utils.checksum(everything)}
@@ -266,7 +259,7 @@ def test_splits_of_a_checkpoint_are_those_of_its_training(settings: dict, data_d
         assert torch.equal(found.labels, expected.labels)
 
 
-def test_split_that_cannot_be_had_is_one_line(refuse, trained, tiny, tmp_path: Path) -> None:
+def test_split_that_cannot_be_had_is_one_line(refuse, trained, tiny, tmp_path):
     flags = ("test_model.py", "--split", "val", "--checkpoint")
     words = ["--split val", "other training images or labels than this checkpoint"]
     refuse(*flags, trained, "--data-dir", tiny, words=words)
@@ -280,7 +273,7 @@ def test_split_that_cannot_be_had_is_one_line(refuse, trained, tiny, tmp_path: P
     refuse(*flags, tmp_path, words=["held out no images", "--val-size"])
 
 
-def test_a_test_set_needs_no_training_images(call, trained: Path, tiny: Path, tmp_path) -> None:
+def test_a_test_set_needs_no_training_images(call, trained, tiny, tmp_path):
     """Training images without labels, four levels down, are nothing to it."""
     (tmp_path / "a" / "b" / "c").mkdir(parents=True)
     for name in NAMES[2:]:
@@ -290,7 +283,7 @@ def test_a_test_set_needs_no_training_images(call, trained: Path, tiny: Path, tm
     assert "errors in 50)" in out and err == ""
 
 
-def test_predict_and_measure(test_split: Split) -> None:
+def test_predict_and_measure(test_split):
     """The network's input is what torchvision's ToTensor makes of a picture; here two batches."""
     model, images = Net(), test_split.images[:600]
     logits = utils.predict(model.train(), images)
@@ -302,7 +295,7 @@ def test_predict_and_measure(test_split: Split) -> None:
     assert measured["loss"] == pytest.approx(math.log(math.exp(9) + 9) - 9 * 0.75)
 
 
-def test_nine_looks_by_hand(trained: Path, test_split: Split) -> None:
+def test_nine_looks_by_hand(trained, test_split):
     """Under 99 %: the mean probability of nine places; zeros move in. Others keep their logits."""
     model, _ = utils.load_model(trained / "model.pt", CPU)
     images = test_split.images[:100].roll(4, 3)  # with ink at the edge
@@ -320,7 +313,7 @@ def test_nine_looks_by_hand(trained: Path, test_split: Split) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_warp_is_torchvisions_affine_and_bends_by_pixels(seed: int) -> None:
+def test_warp_is_torchvisions_affine_and_bends_by_pixels(seed):
     """Image by image, for random angle, translation, scale and both shears together."""
     g = torch.Generator().manual_seed(seed)
     images = torch.rand(16, 1, 28, 28, generator=g)
@@ -338,7 +331,7 @@ def test_warp_is_torchvisions_affine_and_bends_by_pixels(seed: int) -> None:
     torch.testing.assert_close(moved[..., :-1], images[..., 1:], atol=1e-4, rtol=0)
 
 
-def test_augmentation_stays_in_its_ranges_and_fills_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_augmentation_stays_in_its_ranges_and_fills_them(monkeypatch):
     seen = []
     monkeypatch.setattr(utils, "warp", lambda *arguments: seen.append(arguments))
     recipe = {**STILL, "rotation": 10, "scale": 0.1, "translate": 0.1, "elastic": 0.5}
@@ -355,7 +348,7 @@ def test_augmentation_stays_in_its_ranges_and_fills_them(monkeypatch: pytest.Mon
         assert high - 0.02 * span < values.max() <= high + 1e-3 * span
 
 
-def test_each_image_is_augmented_for_itself_and_by_the_generator_alone() -> None:
+def test_each_image_is_augmented_for_itself_and_by_the_generator_alone():
     same = mnist(train=True).images[:1].expand(50, -1, -1, -1) / 255
     seed = torch.Generator().manual_seed
     first, again = utils.augment(same, RECIPE, seed(0)), utils.augment(same, RECIPE, seed(0))

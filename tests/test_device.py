@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CPU
+from test_training import run_here
 
 import train
 import utils
@@ -24,9 +25,7 @@ def assert_close(a: Path, b: Path) -> None:
         torch.testing.assert_close(tensor, second["model"][name], atol=1e-3, rtol=1e-3, msg=name)
 
 
-def test_resumes_on_the_same_device_and_on_another(
-    device: torch.device, call, tiny: Path, tmp_path: Path, monkeypatch
-) -> None:
+def test_resumes_on_the_same_device_and_on_another(device, call, tiny, tmp_path, monkeypatch):
     def stop(entry: dict) -> None:
         raise KeyboardInterrupt
 
@@ -44,18 +43,13 @@ def test_resumes_on_the_same_device_and_on_another(
         assert_close(tmp_path / "whole" / "model.pt", out / "model.pt")
 
 
-def run_here(commands: dict[Path, list[str]], *_: object) -> list[str]:
-    """Instead of `several.run_side_by_side`, to save the time of starting processes."""
-    return [folder.name for folder, words in commands.items() if train.main(words[2:])]
-
-
 USES = [("--variants", "--val-size", 100), ("--teacher", "TRAINED"), ("--runs", 2)]
 
 
 @pytest.mark.parametrize("flags", USES)
 def test_learns_and_is_measured_and_drawn(
-    flags: tuple, device: torch.device, call, trained, tiny, tmp_path, monkeypatch
-) -> None:
+    flags, device, call, trained, tiny, tmp_path, monkeypatch
+):
     if device == CPU:
         monkeypatch.setattr(several, "run_side_by_side", run_here)
     monkeypatch.setattr(visualize_errors, "EXPLAINED", 1)

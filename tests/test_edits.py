@@ -173,7 +173,7 @@ def write_other_data(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_one_edit_is_enough(name: str, call, environment: dict, tiny, tmp_path: Path) -> None:
+def test_one_edit_is_enough(name, call, environment, tiny, tmp_path):
     edit = EDITS[name]
     data_dir = write_other_data(tmp_path / "letters") if name == "data set" else tiny
     exports = (".onnx", ".html") if edit.file == "model.py" else ()  # others are nothing to them

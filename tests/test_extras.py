@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import pytest
@@ -34,7 +33,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("train, count", [(True, 1500), (False, 500)])
-def test_pictures_are_read_by_class_then_by_name(pictures: Path, train: bool, count: int) -> None:
+def test_pictures_are_read_by_class_then_by_name(pictures, train, count):
     split = utils.load_mnist(pictures, train, CPU)
     expected = mnist(train=train).select(slice(count))
     expected = expected.select(expected.labels.argsort(stable=True))
@@ -43,7 +42,7 @@ def test_pictures_are_read_by_class_then_by_name(pictures: Path, train: bool, co
     assert utils.checksum(split) == utils.checksum(expected)
 
 
-def test_pictures_train_and_measure(call: Callable, pictures: Path, tmp_path: Path) -> None:
+def test_pictures_train_and_measure(call, pictures, tmp_path):
     data = ("--data-dir", pictures)
     call("train.py", "--epochs", 1, "--val-size", 300, "--out", tmp_path, *data)
     for split, count in (("val", 300), ("test", 500)):
@@ -51,7 +50,7 @@ def test_pictures_train_and_measure(call: Callable, pictures: Path, tmp_path: Pa
         assert f"in {count})" in out
 
 
-def test_labels_are_in_numeric_order_and_common_to_both(tmp_path: Path) -> None:
+def test_labels_are_in_numeric_order_and_common_to_both(tmp_path):
     digits = mnist(train=True).select(slice(3))
     write_pictures(tmp_path / "training", Split(digits.images, torch.tensor([10, 9, 2])))
     write_pictures(tmp_path / "test", Split(digits.images[:1], torch.tensor([10])))
@@ -59,7 +58,7 @@ def test_labels_are_in_numeric_order_and_common_to_both(tmp_path: Path) -> None:
     assert folders.load(tmp_path, train=False)[1].tolist() == [2]
 
 
-def test_pictures_that_do_not_fit_are_named(refuse: Callable, tmp_path: Path) -> None:
+def test_pictures_that_do_not_fit_are_named(refuse, tmp_path):
     write_pictures(tmp_path / "train", mnist(train=True).select(slice(20)))
     command = ("train.py", "--data-dir", tmp_path, "--out", tmp_path / "out")
     refuse(*command, words=["no test pictures"])
@@ -86,7 +85,7 @@ def settings(trained: Path, tmp_path: Path) -> list[str]:
     return [str(tmp_path / "0"), str(tmp_path / "1")]
 
 
-def test_settings_are_compared_in_pairs(settings: list[str], capsys) -> None:
+def test_settings_are_compared_in_pairs(settings, capsys):
     compare.main(settings)
     head, *lines, loss = capsys.readouterr().out.splitlines()
     assert head.startswith("3 pairs") and len(lines) == 2
@@ -96,7 +95,7 @@ def test_settings_are_compared_in_pairs(settings: list[str], capsys) -> None:
     assert "Test, nine looks" in capsys.readouterr().out
 
 
-def test_runs_that_cannot_be_compared_are_refused(settings: list[str]) -> None:
+def test_runs_that_cannot_be_compared_are_refused(settings):
     path = Path(settings[1]) / "seed-2" / "model.pt"
     checkpoint = torch.load(path)
     recipe = {**checkpoint["recipe"], "train_size": 500}
@@ -109,7 +108,7 @@ def test_runs_that_cannot_be_compared_are_refused(settings: list[str]) -> None:
         compare.main([settings[0], str(path)])
 
 
-def test_the_plain_way_trains_as_many_parameters() -> None:
+def test_the_plain_way_trains_as_many_parameters():
     model = benchmark.plain_network()
     assert count_parameters(model) == 16_966
     batch = next(iter(benchmark.plain_loader(workers=0)))
@@ -118,7 +117,7 @@ def test_the_plain_way_trains_as_many_parameters() -> None:
 
 
 @pytest.mark.parametrize("name", ["accuracy", "size"])
-def test_figures_are_drawn_and_told(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_figures_are_drawn_and_told(name, tmp_path, monkeypatch, capsys):
     accuracies = 99 + np.random.rand(5, 2) / 2
     monkeypatch.setattr(figures, "train_py", lambda *_: (14.0, accuracies))
     monkeypatch.setattr(figures, "train_the_plain_way", lambda name, seed: (700.0, 99 + seed / 9))

@@ -48,8 +48,8 @@ MOMENTS = [("os", "replace", 1), ("os", "fsync", 2), ("utils", "predict", 1), ("
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_training_is_whole_and_resumes_to_the_same_bits(
-    moment: tuple, call, refuse, tiny: Path, tmp_path: Path
-) -> None:
+    moment, call, refuse, tiny, tmp_path
+):
     # Three passes an epoch: the later ones depend on the losses that images last had.
     flags = ("--epochs", 3, "--batch-size", 128, "--dropout-until", 0.5, "--data-dir", tiny)
     call("train.py", *flags, "--out", tmp_path / "undisturbed")
@@ -80,7 +80,7 @@ def start(written: Path, *args: object) -> subprocess.Popen:
     return process
 
 
-def test_ctrl_c_and_a_second_training_into_the_same_folder(call, refuse, tiny, tmp_path) -> None:
+def test_ctrl_c_and_a_second_training_into_the_same_folder(call, refuse, tiny, tmp_path):
     out = tmp_path / "my runs"
     process = start(out / "last.pt", "--epochs", 1000, "--data-dir", tiny, "--out", out)
     flags = ("--data-dir", tiny, "--out", out)
@@ -101,9 +101,7 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_stop_in_the_first_epoch_says_that_nothing_is_kept(
-    call, tiny: Path, tmp_path: Path, monkeypatch
-) -> None:
+def test_a_stop_in_the_first_epoch_says_that_nothing_is_kept(call, tiny, tmp_path, monkeypatch):
     """And --resume says what it finds: nothing, or an older training."""
     flags = ("train.py", "--epochs", 3, "--data-dir", tiny, "--out", tmp_path)
     with monkeypatch.context() as patch:
@@ -119,7 +117,7 @@ def test_a_stop_in_the_first_epoch_says_that_nothing_is_kept(
     assert f"{tmp_path} is finished" in call(*flags, "--resume")[0]
 
 
-def test_a_stop_while_it_is_measured_loses_nothing(call, tiny, tmp_path, monkeypatch) -> None:
+def test_a_stop_while_it_is_measured_loses_nothing(call, tiny, tmp_path, monkeypatch):
     """And a new training says before its first step that it replaces the stopped one."""
     flags = ("train.py", "--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
     with monkeypatch.context() as patch:
@@ -131,7 +129,7 @@ def test_a_stop_while_it_is_measured_loses_nothing(call, tiny, tmp_path, monkeyp
     assert "add --resume" in out.splitlines()[1]
 
 
-def test_a_folder_that_cannot_be_locked_is_a_warning(call, tiny: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_locked_is_a_warning(call, tiny, tmp_path):
     """Some network file systems have no locks."""
     with mock.patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks available")):
         _, err = call("train.py", "--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
@@ -140,7 +138,7 @@ def test_a_folder_that_cannot_be_locked_is_a_warning(call, tiny: Path, tmp_path:
     assert "warning" in err and f"{tmp_path} cannot be locked (No locks" in err
 
 
-def test_sigterm_stops_all_of_several_runs_as_ctrl_c_does(tiny: Path, tmp_path: Path) -> None:
+def test_sigterm_stops_all_of_several_runs_as_ctrl_c_does(tiny, tmp_path):
     """It reaches the parent alone, which hands it on."""
     flags = ("--runs", 3, "--jobs", 2, "--epochs", 1000, "--data-dir", tiny, "--out", tmp_path)
     process = start(tmp_path / "seed-1" / "last.pt", *flags)
@@ -158,7 +156,7 @@ def test_sigterm_stops_all_of_several_runs_as_ctrl_c_does(tiny: Path, tmp_path: 
     assert not (tmp_path / "seed-2").exists()
 
 
-def test_a_full_disk_keeps_the_checkpoint(environment: dict, trained: Path, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_checkpoint(environment, trained, tmp_path):
     """A file-size limit breaks the write half way, as a full disk does."""
     out = tmp_path / "out"
     shutil.copytree(trained, out)
@@ -174,7 +172,7 @@ def test_a_full_disk_keeps_the_checkpoint(environment: dict, trained: Path, tmp_
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
-def test_places_that_cannot_be_written(refuse, trained: Path, tmp_path: Path) -> None:
+def test_places_that_cannot_be_written(refuse, trained, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         refuse("train.py", "--epochs", 1, "--out", out, words=["cannot write", out])
@@ -184,7 +182,7 @@ def test_places_that_cannot_be_written(refuse, trained: Path, tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_output_that_goes_nowhere(environment: dict, trained, tmp_path: Path, refuse) -> None:
+def test_output_that_goes_nowhere(environment, trained, tmp_path, refuse):
     pipe = tmp_path / "pipe"
     subprocess.run(["mkfifo", pipe], check=True)  # as /dev/null, which root could replace by a file
     flags = ("--checkpoint", trained, "--json", pipe)
@@ -224,7 +222,7 @@ BAD: dict[str, Callable[[dict, Path], object]] = {
 
 
 @pytest.mark.parametrize("how", BAD)
-def test_bad_checkpoints_are_one_line_and_run_no_code(how, refuse, trained, tmp_path) -> None:
+def test_bad_checkpoints_are_one_line_and_run_no_code(how, refuse, trained, tmp_path):
     path, trap = tmp_path / "bad.pt", tmp_path / "trap"
     bad = BAD[how](torch.load(trained / "model.pt", weights_only=True), trap)
     if isinstance(bad, bytes):
@@ -235,9 +233,7 @@ def test_bad_checkpoints_are_one_line_and_run_no_code(how, refuse, trained, tmp_
     assert not trap.exists()
 
 
-def test_a_missing_checkpoint_is_one_line_that_says_what_is_there(
-    refuse, trained: Path, tmp_path: Path
-) -> None:
+def test_a_missing_checkpoint_is_one_line_that_says_what_is_there(refuse, trained, tmp_path):
     for path in (tmp_path / "none.pt", tmp_path, tmp_path / "nowhere"):
         refuse("test_model.py", "--checkpoint", path, words=[path, "`python train.py` makes one"])
     shutil.copytree(trained, tmp_path / "seed-0")
@@ -245,7 +241,7 @@ def test_a_missing_checkpoint_is_one_line_that_says_what_is_there(
     refuse("test_model.py", "--checkpoint", tmp_path / "model.pt", words=words)
 
 
-def test_a_flipped_bit_anywhere_or_half_a_file_is_refused_or_harmless(trained, tmp_path) -> None:
+def test_a_flipped_bit_anywhere_or_half_a_file_is_refused_or_harmless(trained, tmp_path):
     """A bit in the archive's padding changes nothing."""
     data, path, refusals = (trained / "model.pt").read_bytes(), tmp_path / "bad.pt", 0
     good = utils.load_checkpoint(trained / "model.pt")["model"]
@@ -263,7 +259,7 @@ def test_a_flipped_bit_anywhere_or_half_a_file_is_refused_or_harmless(trained, t
     assert refusals > 10
 
 
-def test_other_training_data_are_not_resumed_with(refuse, unfinished, tiny, tmp_path) -> None:
+def test_other_training_data_are_not_resumed_with(refuse, unfinished, tiny, tmp_path):
     """Nor the same images with another label, by which they are held out."""
     data = shutil.copytree(tiny, tmp_path / "data")
     labels = data / "train-labels-idx1-ubyte"
@@ -272,7 +268,7 @@ def test_other_training_data_are_not_resumed_with(refuse, unfinished, tiny, tmp_
     refuse("train.py", *flags, words=["trained on other images", unfinished / "last.pt"])
 
 
-def test_a_mistake_in_ones_own_code_keeps_its_traceback(monkeypatch) -> None:
+def test_a_mistake_in_ones_own_code_keeps_its_traceback(monkeypatch):
     for mistake in (FileNotFoundError(2, "No such file", "mine.txt"), ValueError("mine")):
         with pytest.raises(type(mistake)):
             utils.run_script(lambda mistake=mistake: (_ for _ in ()).throw(mistake))

@@ -7,8 +7,6 @@ import json
 import re
 import sys
 from functools import partial
-from pathlib import Path
-from typing import Callable
 
 import pytest
 from conftest import CPU, HANDWRITING, RELEASED, ROOT
@@ -37,7 +35,7 @@ SPECIFIED = [
 ]  # fmt: skip
 
 
-def test_layer_table_is_the_specifications() -> None:
+def test_layer_table_is_the_specifications():
     model = Net()
     rows = layer_table(model)
     found = [(r.name, r.output_size, r.parameters, r.receptive_field, r.jump_out) for r in rows]
@@ -45,7 +43,7 @@ def test_layer_table_is_the_specifications() -> None:
     assert count_parameters(model) == sum(sum(r.parameters) for r in rows) == 16_966
 
 
-def test_readme_shows_what_the_command_prints(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_shows_what_the_command_prints(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["model.py"])
     network.main()
     printed = capsys.readouterr().out
@@ -54,7 +52,7 @@ def test_readme_shows_what_the_command_prints(capsys, monkeypatch: pytest.Monkey
     assert printed.splitlines()[-1] == "Parameters: 16,966"
 
 
-def test_the_released_network_is_readmes(run, tmp_path: Path) -> None:
+def test_the_released_network_is_readmes(run, tmp_path):
     """From any folder, within two digits, of which processors differ in the last bits."""
     model = load_pretrained()
     assert not model.training and count_parameters(model) == 16_966
@@ -66,7 +64,7 @@ def test_the_released_network_is_readmes(run, tmp_path: Path) -> None:
     assert RELEASED.stat().st_size < 100_000
 
 
-def test_the_page_has_the_released_weights(tmp_path: Path) -> None:
+def test_the_page_has_the_released_weights(tmp_path):
     model, checkpoint = utils.load_model(HANDWRITING, CPU)
     export.export_page(model, tmp_path / "draw.html", checkpoint)
     assert (tmp_path / "draw.html").read_bytes() == (ROOT / "assets/draw.html").read_bytes()
@@ -79,7 +77,7 @@ KINDS = {  # of pictures: the digits in each, how many there are, and the pictur
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_are_read(kind: str, call: Callable, tmp_path: Path) -> None:
+def test_pictures_are_read(kind, call, tmp_path):
     digits, count, picture = KINDS[kind]
     for indices in (range(digits * k, digits * (k + 1)) for k in range(count)):
         answer = "".join(str(MNIST.labels[i].item()) for i in indices)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +19,7 @@ import visualize_errors
 from model import Net, count_parameters
 
 
-def test_report_agrees_with_itself_and_with_training(run, trained: Path, tmp_path: Path) -> None:
+def test_report_agrees_with_itself_and_with_training(run, trained, tmp_path):
     done = run("test_model.py", "--checkpoint", trained / "model.pt", "--json", tmp_path / "r.json")
     report = json.loads((tmp_path / "r.json").read_text())
     confusion = torch.tensor(report["confusion_matrix"])
@@ -41,7 +40,7 @@ def test_report_agrees_with_itself_and_with_training(run, trained: Path, tmp_pat
     assert seven.split() == ["7", *(str(count or ".") for count in confusion[7].tolist())]
 
 
-def test_each_split_is_measured_with_one_look_or_nine(call, trained: Path) -> None:
+def test_each_split_is_measured_with_one_look_or_nine(call, trained):
     flags = ("test_model.py", "--checkpoint", trained / "model.pt")
     metrics = utils.load_checkpoint(trained / "model.pt")["metrics"]
     assert metrics["test_tta_loss"] != metrics["test_loss"]
@@ -58,7 +57,7 @@ def test_each_split_is_measured_with_one_look_or_nine(call, trained: Path) -> No
     assert json.loads(call(*flags, "--split", "train", "--json", "-")[0])["count"] == 3600
 
 
-def test_flags_that_would_be_ignored_are_refused(refuse, tmp_path: Path) -> None:
+def test_flags_that_would_be_ignored_are_refused(refuse, tmp_path):
     pairs = ("test_model --images", "visualize_errors --images", "test_model --export")
     for script, flag in map(str.split, pairs):
         for other in (("--split", "val"), ("--data-dir", tmp_path), ("--tta",)):
@@ -71,7 +70,7 @@ def test_flags_that_would_be_ignored_are_refused(refuse, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("script", ["test_model.py", "visualize_errors.py"])
-def test_a_test_set_of_one_image(script: str, call, trained, tmp_path, monkeypatch) -> None:
+def test_a_test_set_of_one_image(script, call, trained, tmp_path, monkeypatch):
     """Whether it is read right or wrong."""
     monkeypatch.chdir(tmp_path)
     for digit, label, tta in ((0, 7, ()), (8, 0, ("--tta",))):
@@ -83,7 +82,7 @@ def test_a_test_set_of_one_image(script: str, call, trained, tmp_path, monkeypat
         assert words in out and not err
 
 
-def test_a_checkpoint_is_a_file_or_the_folder_of_one_run(call, refuse, trained, tmp_path) -> None:
+def test_a_checkpoint_is_a_file_or_the_folder_of_one_run(call, refuse, trained, tmp_path):
     file = shutil.copytree(trained, tmp_path / "seed-0") / "model.pt"
     for path in (file, file.parent, tmp_path):
         report = json.loads(call("test_model.py", "--checkpoint", path, "--json", "-")[0])
@@ -93,15 +92,15 @@ def test_a_checkpoint_is_a_file_or_the_folder_of_one_run(call, refuse, trained, 
         refuse(script, "--checkpoint", tmp_path, words=[tmp_path, "several runs (seed-0, seed-1)"])
 
 
-def test_one_epoch_on_the_whole_of_mnist(call, tmp_path: Path) -> None:
+def test_one_epoch_on_the_whole_of_mnist(call, tmp_path):
     out, _ = call("train.py", "--epochs", 1, "--data-dir", ROOT / "data", "--out", tmp_path)
     assert float(re.search(r"Final Test Accuracy: (\S+)%", out)[1]) > 98
 
 
 @pytest.mark.parametrize("has_stdout", [True, False])
 def test_mains_need_no_command_line_no_real_stdout_and_no_main_thread(
-    has_stdout: bool, tiny: Path, tmp_path: Path, monkeypatch
-) -> None:
+    has_stdout, tiny, tmp_path, monkeypatch
+):
     """In a notebook or a window, stdout can be written to and no more, or there is none."""
     written: list[str] = []
     stdout = SimpleNamespace(write=written.append, flush=lambda: None) if has_stdout else None
@@ -120,18 +119,18 @@ def test_mains_need_no_command_line_no_real_stdout_and_no_main_thread(
         assert not has_stdout or words in "".join(written)
 
 
-def test_the_five_files_run_without_extras(data_dir: Path, environment: dict, tmp_path) -> None:
-    """With what needs it, they would say so by a traceback."""
+def test_the_five_files_run_without_extras(tiny, environment, tmp_path):
     for name in ("model.py", "utils.py", *MAINS):
         shutil.copy(ROOT / name, tmp_path)
-    flags = {"train.py": ("--epochs", "1", "--val-size", "100")}
-    for script in ("model.py", *MAINS):
-        command = [sys.executable, script, *flags.get(script, ())]
-        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    calls = "model.main(); train.main([*'--epochs 1 --val-size 100'.split()]); "
+    calls += "test_model.main([]); visualize_errors.main([])"
+    command = [sys.executable, "-c", f"import model, train, test_model, visualize_errors; {calls}"]
+    env = {**environment, "MNIST_DATA_DIR": str(tiny)}
+    subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
     assert len(list((tmp_path / "plots").glob("*.png"))) == 6
 
 
-def test_a_gpu_that_cannot_be_used_is_one_line(call, refuse, tiny, trained, monkeypatch) -> None:
+def test_a_gpu_that_cannot_be_used_is_one_line(call, refuse, tiny, trained, monkeypatch):
     """auto takes the CPU; here PyTorch says that there is a GPU, and fails at the first use."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     flags = ("--data-dir", tiny, "--checkpoint", trained)
@@ -143,7 +142,7 @@ def test_a_gpu_that_cannot_be_used_is_one_line(call, refuse, tiny, trained, monk
         assert "warning: the GPU cannot be used, the CPU is: " in err
 
 
-def test_weight_of_the_files() -> None:
+def test_weight_of_the_files():
     """The fourth plan's limits, in thousands of bytes; docstrings are not mass, repetition is."""
     five = [ROOT / name for name in ("model.py", "utils.py", *MAINS)]
     limits = {
@@ -156,14 +155,14 @@ def test_weight_of_the_files() -> None:
         assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= 100, path
 
 
-def test_onnx_missing(refuse, trained: Path, tmp_path: Path, monkeypatch) -> None:
+def test_onnx_missing(refuse, trained, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     flags = ("--checkpoint", trained / "model.pt", "--export", tmp_path / "m.onnx")
     refuse("test_model.py", *flags, words=["pip install onnx onnxscript"])
     assert not any(tmp_path.iterdir())
 
 
-def test_onnx_gives_the_same_logits(call, trained: Path, tmp_path: Path) -> None:
+def test_onnx_gives_the_same_logits(call, trained, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime, path = pytest.importorskip("onnxruntime"), tmp_path / "m.onnx"
     out, _ = call("test_model.py", "--checkpoint", trained, "--export", path)

@@ -16,7 +16,7 @@ def drawn() -> tuple[Split, Tensor, Tensor]:
     return digits, *draw_variants(digits, seed=0)
 
 
-def test_ones_sevens_nines_and_open_zeros_have_a_variant_and_no_other(drawn: tuple) -> None:
+def test_ones_sevens_nines_and_open_zeros_have_a_variant_and_no_other(drawn):
     digits, images, probability = drawn
     assert images.dtype == torch.uint8 and images.shape == digits.images.shape
     for digit in range(10):
@@ -30,7 +30,7 @@ def test_ones_sevens_nines_and_open_zeros_have_a_variant_and_no_other(drawn: tup
     assert not torch.equal(images, draw_variants(digits, seed=1)[0])
 
 
-def test_each_shape_is_where_it_belongs() -> None:
+def test_each_shape_is_where_it_belongs():
     """On a vertical stroke: a flag above on the left, a bar across, a tail below on the left."""
     images = torch.zeros(21, 1, 28, 28, dtype=torch.uint8)
     images[:, :, 4:24, 13:15] = 255
@@ -48,7 +48,7 @@ def test_each_shape_is_where_it_belongs() -> None:
             assert lower > 0 and upper == right.sum() == 0
 
 
-def test_a_slash_crosses_wide_rings_from_lower_left_to_upper_right() -> None:
+def test_a_slash_crosses_wide_rings_from_lower_left_to_upper_right():
     y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     radius = torch.hypot(x - 14, y - 14)
     rings = [(9 - (radius - r).abs() * 9).clamp(0, 1) for r in (9.0, 3.0)]  # one has no room

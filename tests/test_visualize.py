@@ -224,7 +224,7 @@ def test_a_network_that_errs_nowhere(net, reading):
 
 
 @pytest.mark.parametrize("epochs, measured", [(1, False), (20, True)])
-def test_training_curves(epochs: int, measured: bool) -> None:
+def test_training_curves(epochs, measured):
     """Rate and training loss are curves within each epoch, here of two checks."""
     e = np.arange(1, epochs + 1)
     val = {"val_loss": 0.1, "val_accuracy": 0.96} if measured else {}
