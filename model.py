@@ -88,9 +88,9 @@ class Block(nn.Module):
 def load_pretrained(path: str | Path = PRETRAINED) -> Net:
     """The released network, or that of another checkpoint, in eval mode on the CPU.
 
-    The network takes float (N, 1, 28, 28), ink 1, paper 0, as `torchvision.transforms.ToTensor`
-    makes them of MNIST's images, and returns logits (N, 10). MNIST's digits are 20 x 20 pixels
-    large, with the centre of mass in the middle.
+    The network takes float (N, 1, 28, 28), ink 1, paper 0, into which torchvision's `ToTensor`
+    turns MNIST's images, and returns logits (N, 10). MNIST's digits are 20 x 20 pixels large, with
+    the centre of mass in the middle.
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     recipe = checkpoint["recipe"]
@@ -111,15 +111,15 @@ class Layer(NamedTuple):
     receptive_field: int | None
     jump_in: int | None
     jump_out: int | None
-    parameters: tuple[int, ...]  # of weight and bias; of a norm their sum
+    parameters: tuple[int, ...]  # counts: weight, bias; of a norm their sum
 
 
 def layer_table(model: nn.Module) -> list[Layer]:
     """The layers of `model`, in the order in which an image passes them.
 
     Receptive fields: r_out = r_in + (k - 1) * jump_in and jump_out = stride * jump_in (Araujo et
-    al., "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019). They are
-    None from the first layer on whose input has another size than the output before it.
+    al., "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019). Once a
+    layer's input has not the size of the output before it, they are None.
     """
     model = copy.deepcopy(model).eval()
     image = (1, IMAGE_SIZE, IMAGE_SIZE)

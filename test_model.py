@@ -84,7 +84,7 @@ def print_report(results: dict[str, Any]) -> None:
     for row in results["classes"]:
         shares = ["-" if row[k] is None else f"{row[k]:.2%}" for k in ("precision", "recall")]
         print(f"{row['class']:>{name_width}}  {row['count']:5d}  {row['errors']:6d}  "
-              f"{shares[0]:>9}  {shares[1]:>7}")  # fmt: skip
+              f"{shares[0]:>9}  {shares[1]:>7}")
 
     print("\nConfusion matrix (row: true class, column: prediction, . for none)")
     cell = max(6, 1 + name_width)
@@ -100,13 +100,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     utils.add_checkpoint_flags(parser)
     add = parser.add_argument
     add("--json", metavar="PATH",
-        help="also write the results as JSON, all shares from 0 to 1; - writes only that")
+        help="also write the results as JSON, all shares from 0 to 1; -: print only it")
     add("--images", type=Path, nargs="+", metavar="PATH",
         help="read these images, or folders of images; each shows a digit or a number")
     add("--labels", action="store_true",
         help="take the name of an image's folder, such as 472, as its label; print the accuracy")
     add("--raw", action="store_true",
-        help="--images are already as the network sees them, ink 255: search for no digits")
+        help="--images are already as the network sees them, ink 255: skip the search")
     add("--export", type=Path, metavar="FILE",
         help="only write the network to FILE: as ONNX (.onnx), or as a page to draw on (.html)")
     args = parser.parse_args(argv)
@@ -123,16 +123,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     device = torch.device("cpu") if args.export else utils.choose_device(args.device)
     model, checkpoint = utils.load_model(args.checkpoint, device)
-    unread = 0
+    failed = 0
     if args.export:
-        from extras import export
+        from extras.export import export
 
-        print(f"Wrote {args.export}: {export.export(model, args.export, checkpoint)}")
+        note = export(model, args.export, checkpoint)
+        print(f"Wrote {args.export}: {note}")
         return 0
     if args.images:
         from extras import photos
 
-        results, unread = photos.read_images(model, args.images, args.labels, args.raw)
+        results, failed = photos.read_images(model, args.images, args.labels, args.raw)
     else:
         split = utils.load_split(args.split, args.data_dir, checkpoint, device)
         where = {"checkpoint": str(checkpoint["path"]), "split": args.split}
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         print_report(results)
     if args.json not in (None, "-"):
         utils.write_json(Path(args.json), results)
-    return int(unread > 0)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import utils
 from model import ACTIVATIONS, MAX_WIDTH, Net, count_parameters
 from utils import Loader, Split, UserError, number
 
-CHECKS = 20  # times an epoch the loss is read; the GPU has to wait for each
+CHECKS = 20  # readings of the loss in an epoch; a GPU has to wait for each
 STATISTICS_IMAGES = 2000  # at most; they measure the batch statistics of the averaged network
 
 
@@ -43,7 +43,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     dropout_rates: dict[nn.Module, float]  # the initial rate of each dropout layer of `model`
-    history: list[dict[str, Any]] = field(default_factory=list)  # what train_epoch returned
+    history: list[dict[str, Any]] = field(default_factory=list)  # one entry an epoch
 
 
 # --- Training ---
@@ -68,7 +68,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, Any]:
     bar = tqdm(
         run.loader.batches(epoch), f"Epoch {epoch + 1}/{recipe['epochs']}", total_steps,
         initial=epoch * epoch_steps, leave=False, disable=None, dynamic_ncols=True,
-    )  # fmt: skip
+    )
     for step, (images, labels, index) in enumerate(bar, epoch * epoch_steps):
         factor = dropout_factor(step / total_steps, recipe["dropout_until"])
         set_dropout(run.dropout_rates, factor)
@@ -80,13 +80,12 @@ def train_epoch(run: Run, epoch: int) -> dict[str, Any]:
         run.scheduler.step()
         update_average(run.average, run.model, step)
 
-        each_loss = F.cross_entropy(logits.detach().float(), labels, reduction="none")
+        each_loss = F.cross_entropy(logits.detach(), labels, reduction="none")
         run.loader.losses[index] = each_loss
         loss_sum += loss.detach() * len(labels)
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
-        # At equal distances, and after the last step.
-        if (step + 1) * CHECKS // epoch_steps > step * CHECKS // epoch_steps:
+        if (step + 1) * CHECKS % epoch_steps < CHECKS:  # evenly spaced, and after the last step
             loss_sums.append(loss_sum.item())
             counts.append(seen)
             learning_rates.append(learning_rate(run))
@@ -160,7 +159,7 @@ def train(args: argparse.Namespace, recipe: dict[str, Any]) -> int:
     device = utils.choose_device(args.device)
     everything = utils.load_mnist(args.data_dir, train=True, device=device)
     train_split, val_split = utils.make_splits(everything, recipe)
-    splits = {}  # to measure in the end
+    splits = {}  # to measure; the folds need no test set
     if val_split is not None:
         splits["val"] = val_split
     if not recipe["folds"]:
@@ -199,7 +198,7 @@ def build_run(recipe: dict[str, Any], split: Split, data_crc: int, device: torch
     settings = ("width", "activation", "dropout", "fc_dropout")
     model = utils.to_device(Net(**{name: recipe[name] for name in settings}), device)
     average = copy.deepcopy(model).requires_grad_(False)
-    set_dropout(find_dropout(average), 0)  # update_bn runs it in train mode
+    set_dropout(find_dropout(average), 0)  # update_bn sets the train mode
     variants = None
     if recipe["variants"]:
         from extras.variants import draw_variants
@@ -223,7 +222,7 @@ def build_run(recipe: dict[str, Any], split: Split, data_crc: int, device: torch
     return Run(
         recipe, data_crc, teacher_crcs, loader, model, average,
         make_loss(recipe, device), optimizer, scheduler, find_dropout(model),
-    )  # fmt: skip
+    )
 
 
 def announce(run: Run, out: Path, device: torch.device) -> None:
@@ -246,7 +245,7 @@ def announce(run: Run, out: Path, device: torch.device) -> None:
     if run.recipe["hard_fraction"] and epochs > 1:
         hard = f", from epoch 2 on {run.recipe['hard_fraction']:.0%} of them hard"
     print(f"Train loss and accuracy are of augmented images{hard}; on plain images both are better",
-          flush=True)  # fmt: skip
+          flush=True)
 
 
 def end_epoch(run: Run, entry: dict[str, Any], val_split: Split | None, out: Path) -> None:
@@ -254,22 +253,22 @@ def end_epoch(run: Run, entry: dict[str, Any], val_split: Split | None, out: Pat
     update_statistics(run)
     if not all(weights.isfinite().all() for weights in run.average.state_dict().values()):
         raise UserError(f"the weights are not finite after epoch {entry['epoch']}; "
-                        "try a lower --peak-lr")  # fmt: skip
+                        "try a lower --peak-lr")
     if val_split is not None:
         entry.update(measure_on("val", run.average, val_split))
     history = [*run.history, entry]
     save(run, out / "last.pt", history=history, metrics={}, training=training_state(run))
-    run.history = history  # only now: a stop tells how many epochs are saved
+    run.history = history  # only now: if stopped, it tells the saved epochs
     print_epoch(entry)
 
 
 def update_statistics(run: Run) -> None:
     """Measure the batch statistics of the averaged network on plain images.
 
-    Augmented images are blurred: theirs differ.
+    Augmented images, which are blurred, have others.
     """
     for averaged, current in zip(run.average.buffers(), run.model.buffers()):
-        averaged.copy_(current)  # for layers of yours; those of BatchNorm are measured below
+        averaged.copy_(current)  # for other layers; BatchNorm's are measured below
     images = run.loader.split.images
     images = images[:: math.ceil(len(images) / STATISTICS_IMAGES)]
     batches = images.tensor_split(math.ceil(len(images) / 500))  # update_bn weights them equally
@@ -320,13 +319,13 @@ def save(run: Run, path: Path, **contents: Any) -> None:
     utils.save_checkpoint(
         path, run.average, recipe=run.recipe, data_crc=run.data_crc,
         teacher_crcs=run.teacher_crcs, **contents,
-    )  # fmt: skip
+    )
 
 
 def training_state(run: Run) -> dict[str, Any]:
     """What `restore` needs beside the averaged network."""
     return {
-        "classes": [type(run.optimizer).__name__, type(run.scheduler).__name__],
+        "types": [type(run.optimizer).__name__, type(run.scheduler).__name__],
         "weights": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
@@ -339,14 +338,14 @@ def restore(run: Run, path: Path) -> None:
     average, checkpoint = utils.load_model(path, "cpu")
     if checkpoint["data_crc"] != run.data_crc:
         raise UserError(f"{path} was trained on other images or labels; "
-                        "give the --data-dir of that run, or another --out")  # fmt: skip
+                        "give the --data-dir of that run, or another --out")
     if checkpoint["teacher_crcs"] != run.teacher_crcs:
         raise UserError(f"{path} has learnt from other networks than those of --teacher")
     try:
         state = checkpoint["training"]
-        classes = training_state(run)["classes"]
-        if state["classes"] != classes:
-            raise ValueError(f"{' and '.join(state['classes'])}, not {' and '.join(classes)}")
+        types = training_state(run)["types"]
+        if state["types"] != types:
+            raise ValueError(f"{' and '.join(state['types'])}, not {' and '.join(types)}")
         run.model.load_state_dict(state["weights"])
         run.average.load_state_dict(average.state_dict())
         run.optimizer.load_state_dict(state["optimizer"])
@@ -367,7 +366,7 @@ def what_is_kept(run: Run, args: argparse.Namespace) -> str:
     if args.data_dir != default.data_dir:
         words += ["--data-dir", args.data_dir]
     return (f"{len(run.history)} of {run.recipe['epochs']} epochs are kept; this goes on: "
-            + shlex.join(map(str, words)))  # fmt: skip
+            + shlex.join(map(str, words)))
 
 
 def resumed_recipe(checkpoint: dict[str, Any], argv: list[str]) -> dict[str, Any]:
@@ -429,23 +428,23 @@ def parse_args(
         add("--threads", type=number(int, 1, 1024), default=1,
             help="CPU threads; more are slower on a busy machine and change results slightly"),
         add("--seed", type=number(int, 0, 2**31), default=0, help="seed of all random numbers"),
-    ]  # fmt: skip
+    ]
     utils.add_common_flags(parser)
     add = parser.add_argument
     add("--out", type=Path, default=Path("checkpoints"), metavar="DIR",
-        help="folder of the checkpoints; of several runs also of their logs")  # fmt: skip
+        help="folder of the checkpoints, and of the logs of several runs")
     add("--resume", action="store_true", help="go on with the training in --out, or start one")
     add("--runs", type=number(int, 1), default=1, help="number of trainings, each with its seed")
     add("--jobs", type=number(int, 1),
-        help="processes for --runs or --folds; if not given one for each core, on a GPU 1")
+        help="processes for --runs or --folds; by default one a core, on a GPU 1")
     add("--tensorboard", type=Path, nargs="?", const=Path("runs"), metavar="DIR",
-        help="write curves, images and hyperparameters for TensorBoard")  # fmt: skip
+        help="write curves, images and hyperparameters for TensorBoard")
     add("--dry-run", action="store_true", help="try everything with a few steps; keep nothing")
     args = parser.parse_args(argv, stored)
     recipe = {flag.dest: getattr(args, flag.dest) for flag in recipe_flags}
     if recipe["folds"] == 1 or recipe["fold"] > recipe["folds"]:
         raise UserError(f"--folds {recipe['folds']} --fold {recipe['fold']}: "
-                        "give 2 folds or more, and one of them")  # fmt: skip
+                        "give 2 folds or more, and one of them")
     if recipe["folds"] and (recipe["val_size"] or args.runs > 1):
         raise UserError("--folds goes neither with --val-size nor with --runs")
     if recipe["teacher"]:
@@ -477,7 +476,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         elif any(args.out.glob("*/*.pt")):
             raise UserError(f"{args.out} holds several runs: repeat --runs or --folds, "
-                            "or give the folder of one as --out")  # fmt: skip
+                            "or give the folder of one as --out")
         else:
             print(f"--resume found no training in {args.out}: a new one starts")
     return train(args, recipe)

@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from model import CLASS_NAMES, IMAGE_SIZE, Net
 
 ROOT = Path(__file__).resolve().parent
-SPLITS = {"test": "test", "val": "validation", "train": "training"}  # --split, and their names
+SPLITS = {"test": "test", "val": "validation", "train": "training"}
 
 # --- Errors and flags ---
 
@@ -61,7 +61,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # some file names cannot be printed
     try:
         status = main()
-        print(end="", flush=True)
+        print(end="", flush=True)  # what fails, fails here
     except UserError as error:
         status = 2
         say("error", str(error))
@@ -72,11 +72,11 @@ def run_script(main: Callable[[], int | None]) -> None:
         status = 1
         sys.stdout = None  # or Python writes the rest at exit, and fails again
     except OSError as error:
-        if error.filename is not None:
+        if error.filename is not None:  # not stdout
             raise
         status = 2
         sys.stdout = None
-        say("error", f"cannot write the output: {error.strerror}")  # a full disk
+        say("error", f"cannot write the output: {error.strerror}")
     sys.exit(status)
 
 
@@ -86,7 +86,7 @@ def say(kind: str, message: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The message of `error` in one line of at most 150 characters, without PyTorch's colours."""
+    """`error` in one line of at most 150 characters, without PyTorch's colours."""
     return " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())[:150]
 
 
@@ -97,7 +97,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
+            value = -math.inf
         if not low <= value <= high:
             name = "whole number" if kind is int else "number"
             span = f"of {low} or more" if high == math.inf else f"from {low} to {high}"
@@ -113,18 +113,18 @@ def add_common_flags(parser: Parser) -> None:
     data_dir = Path(os.environ.get("MNIST_DATA_DIR") or ROOT / "data")
     add("--data-dir", type=Path, default=data_dir, metavar="DIR", help="folder of the data set")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-        help="auto: cuda if it works, else cpu")  # fmt: skip
+        help="auto: cuda if it works, else cpu")
 
 
 def add_checkpoint_flags(parser: Parser) -> None:
     """--checkpoint, --split and --tta, for the two scripts that read a checkpoint."""
     add = parser.add_argument
     add("--checkpoint", type=Path, default=Path("checkpoints"), metavar="PATH",
-        help="weights written by train.py, or the folder that holds them")  # fmt: skip
+        help="weights of train.py, or their folder")
     add("--split", choices=tuple(SPLITS), default="test",
         help="read the test images, those held out from training, or the training images")
     add("--tta", action="store_true",
-        help="test-time augmentation: look nine times where one look is not sure")  # fmt: skip
+        help="test-time augmentation: look nine times where one look is not sure")
 
 
 def refuse_unused(parser: Parser, args: argparse.Namespace, name: str, others: list[str]) -> None:
@@ -144,7 +144,7 @@ def choose_device(name: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.ones(1, device=device).add(1).item()
-    except (AssertionError, RuntimeError) as error:  # without CUDA; too old, full or taken
+    except (AssertionError, RuntimeError) as error:  # no CUDA; GPU too old, full or taken
         if name != "auto":
             raise UserError(f"--device {name}: {one_line(error)}; try --device cpu") from error
         say("warning", f"the GPU cannot be used, the CPU is: {one_line(error)}")
@@ -163,7 +163,7 @@ HELD_OUT, DROPOUT, WEIGHTS, VARIANTS, ORDER = range(5)  # uses of random numbers
 
 
 def derive_seed(use: int, seed: int = 0, epoch: int = 0) -> int:
-    """A 32-bit seed. Unlike seed + epoch, it is another one for each use, seed and epoch."""
+    """A 32-bit seed, different for each use, seed and epoch, as seed + epoch is not."""
     return int(np.random.SeedSequence((seed, epoch, use)).generate_state(1)[0])
 
 
@@ -190,7 +190,8 @@ def load_mnist(data_dir: Path, train: bool, device: torch.device) -> Split:
 
     Raises UserError for files that are missing or damaged, or do not fit the network.
     """
-    if any(path.is_dir() for path in data_dir.glob("t[er]*/*")):  # train/LABEL, testing/LABEL
+    parts = [data_dir / name for name in ("train", "training", "test", "testing")]
+    if any(path.is_dir() for part in parts for path in part.glob("*")):
         from extras import folders
 
         images, labels = folders.load(data_dir, train)
@@ -207,7 +208,7 @@ def load_mnist(data_dir: Path, train: bool, device: torch.device) -> Split:
         raise UserError(f"{label_file} has the shape {shape}; ({len(images)},) is needed")
     if labels.max() >= len(CLASS_NAMES):
         raise UserError(f"{label_file} has labels up to {labels.max()}; "
-                        f"model.py: CLASS_NAMES has {len(CLASS_NAMES)}")  # fmt: skip
+                        f"model.py: CLASS_NAMES has {len(CLASS_NAMES)}")
     if image_file.name.startswith("emnist"):
         images = images.mT.contiguous()  # EMNIST's are transposed
     return Split(images.unsqueeze(1).to(device), labels.long().to(device))
@@ -224,10 +225,10 @@ def find_idx(data_dir: Path, train: bool, kind: str) -> Path:
         for path in sorted(data_dir.glob(f"{folders}/*ubyte*")):
             name = path.name.replace(".idx", "-idx")  # Kaggle's
             if path.is_file() and any(wanted in name for wanted in names):
-                found[str(path).replace(".gz", "")] = path  # packed and unpacked are one
+                found[str(path).replace(".gz", "")] = path  # x and x.gz count once
         if len(found) > 1:
             raise UserError(f"--data-dir {data_dir} holds several data sets: {', '.join(found)}; "
-                            "name one")  # fmt: skip
+                            "name one")
         if found:
             return found.popitem()[1]
     raise UserError(f"no file {names[0]} in {data_dir} or the folders in it; give --data-dir")
@@ -248,7 +249,7 @@ def read_idx(path: Path) -> Tensor:
                 raise ValueError("its header is wrong")
             if kind != 8:
                 raise ValueError(f"its numbers are of type {kind:#04x}, and 0x08 (uint8) is needed")
-            data = bytearray(file.read(size + 1))  # gzip compares its checksum at the end
+            data = bytearray(file.read(size + 1))  # one more: gzip checks its sum at the end
             if len(data) != size:
                 what = "truncated" if len(data) < size else "too long"
                 raise ValueError(f"{what}, its header says {shape}")
@@ -271,11 +272,12 @@ def make_splits(everything: Split, recipe: dict[str, Any]) -> tuple[Split, Split
     folds = recipe["folds"]
     count = len(everything)
     too_many = f"--train-size, --val-size or --folds ask for too many of {count:,} images"
-    if recipe["val_size"] >= count or 10 * folds >= count:  # ten images a fold at least
+    if recipe["val_size"] >= count or 10 * folds > count:  # ten images a fold at least
         raise UserError(too_many)
     generator = torch.Generator().manual_seed(derive_seed(HELD_OUT))
     shuffled = torch.randperm(count, generator=generator)
-    by_class = shuffled[everything.labels.cpu()[shuffled].argsort(stable=True)]
+    labels = everything.labels.cpu()[shuffled]
+    by_class = shuffled[labels.argsort(stable=True)]
     if folds:
         held_out = by_class[recipe["fold"] - 1 :: folds]
     else:
@@ -292,7 +294,7 @@ def make_splits(everything: Split, recipe: dict[str, Any]) -> tuple[Split, Split
 
 
 def pick_evenly(index: Tensor, size: int) -> Tensor:
-    """`size` elements of `index` (N,) at equal distances: if sorted by class, stratified."""
+    """The middles of `size` equal stretches of `index` (N,): if sorted by class, stratified."""
     return index[(torch.arange(size) * len(index) + len(index) // 2) // max(size, 1)]
 
 
@@ -305,7 +307,7 @@ def load_split(
     everything = load_mnist(data_dir, train=True, device=device)
     if checksum(everything) != checkpoint["data_crc"]:
         raise UserError(f"--split {name}: {data_dir} has other training images or labels than "
-                        "this checkpoint")  # fmt: skip
+                        "this checkpoint")
     train_split, val_split = make_splits(everything, checkpoint["recipe"])
     if name == "train":
         return train_split
@@ -316,19 +318,19 @@ def load_split(
 
 # --- Batches and augmentation ---
 
-PASSES_PER_EPOCH = 3  # after the first epoch; each pass is over a third of the images
+PASSES_PER_EPOCH = 3  # after the first epoch
 CHUNK = 1024  # images to augment at once: few calls, and the result fits a CPU's cache
-ELASTIC_GRID = 5  # K: control points of the elastic distortion along each side
+ELASTIC_GRID = 5  # K: control points of the distortion along each side
 
 
 class Loader:
     """Shuffled, augmented batches of the training images `split`.
 
     The first epoch shows each image once. After it most images have a loss near zero and teach
-    little. So a later epoch has three passes, each over a third of the images: a "hard_fraction" of
-    them have the largest losses, the others are drawn at random (after Jiang et al., "Accelerating
-    Deep Learning by Focusing on the Biggest Losers", 2019). The training loop keeps the last loss
-    of each image in `losses` (N,).
+    little. So with a "hard_fraction" later epochs have three passes over a third of the images
+    each: this share has the largest losses, the others are random (after Jiang et al.,
+    "Accelerating Deep Learning by Focusing on the Biggest Losers", 2019). The training loop keeps
+    the last loss of each image in `losses` (N,).
 
     `variants` are images uint8 (N, 1, 28, 28), and the probability (N,) that each is shown instead.
     """
@@ -357,8 +359,8 @@ class Loader:
         passes = 1
         if epoch > 0 and self.recipe["hard_fraction"] > 0:
             passes = min(PASSES_PER_EPOCH, len(self))
-        # A pass ends after a whole batch; only the last one of the epoch may be smaller.
-        ends = [len(self) * i // passes * batch_size for i in range(1, passes)]
+        # Whole batches, but for the epoch's last one.
+        ends = [batch_size * (len(self) * i // passes) for i in range(1, passes)]
         shown = 0
         for end in [*ends, len(self.split)]:
             for index in self.choose(end - shown, generator).split(chunk):
@@ -369,7 +371,7 @@ class Loader:
             shown = end
 
     def choose(self, count: int, generator: torch.Generator) -> Tensor:
-        """Shuffled indices (count,), all different, those of the hard images among them."""
+        """`count` shuffled indices, the hardest images so far among them; in epoch 0 of all."""
         priority = torch.rand(len(self.losses), generator=generator)
         hardest = self.losses.topk(int(self.recipe["hard_fraction"] * count)).indices
         priority[hardest.cpu()] += 1  # above that of every other image
@@ -399,9 +401,9 @@ def augment(images: Tensor, recipe: dict[str, Any], generator: torch.Generator) 
         scale=1 + recipe["scale"] * u[:, 3],
         shear=recipe["shear"] * u[:, 4:],
     )
-    bends = recipe["elastic"] * torch.randn(len(images), 2, ELASTIC_GRID**2, generator=generator)
+    shifts = recipe["elastic"] * torch.randn(len(images), 2, ELASTIC_GRID**2, generator=generator)
     device = images.device
-    return warp(images, matrices.to(device), bends.to(device), grid_basis(device))
+    return warp(images, matrices.to(device), shifts.to(device), grid_basis(device))
 
 
 def affine_matrices(angle: Tensor, translate: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
@@ -412,7 +414,7 @@ def affine_matrices(angle: Tensor, translate: Tensor, scale: Tensor, shear: Tens
     """
     angle = torch.deg2rad(angle)
     shear_x, shear_y = torch.deg2rad(shear).unbind(1)
-    # Rotation after shear, as in torchvision.transforms.functional._get_inverse_affine_matrix.
+    # Rotation after shear, as in torchvision's _get_inverse_affine_matrix; a * d - b * c is 1.
     a = torch.cos(angle - shear_y) / torch.cos(shear_y)
     b = -a * torch.tan(shear_x) - torch.sin(angle)
     c = torch.sin(angle - shear_y) / torch.cos(shear_y)
@@ -424,32 +426,32 @@ def affine_matrices(angle: Tensor, translate: Tensor, scale: Tensor, shear: Tens
 
 @functools.lru_cache
 def grid_basis(device: torch.device) -> Tensor:
-    """(3 + K * K, 784): rows for x, y and 1, then one for each control point, by bicubic weights.
+    """(3 + K * K, 784): rows x, y and 1, then each control point's bicubic weights.
 
     The unit is half an image, as in `F.affine_grid`.
     """
     k = ELASTIC_GRID
-    whole = [1, 1, IMAGE_SIZE, IMAGE_SIZE]
-    xy = F.affine_grid(torch.eye(2, 3).unsqueeze(0), whole, align_corners=False).view(-1, 2).t()
-    bumps = F.interpolate(torch.eye(k * k).view(k * k, 1, k, k), IMAGE_SIZE, mode="bicubic")
-    bumps = bumps.view(k * k, -1) * 2 / IMAGE_SIZE
-    return torch.cat([xy, torch.ones_like(xy[:1]), bumps]).to(device)
+    size = [1, 1, IMAGE_SIZE, IMAGE_SIZE]
+    xy = F.affine_grid(torch.eye(2, 3).unsqueeze(0), size, align_corners=False).view(-1, 2).t()
+    weights = F.interpolate(torch.eye(k * k).view(k * k, 1, k, k), IMAGE_SIZE, mode="bicubic")
+    weights = weights.view(k * k, -1) * 2 / IMAGE_SIZE
+    return torch.cat([xy, torch.ones_like(xy[:1]), weights]).to(device)
 
 
-def warp(images: Tensor, matrices: Tensor, bends: Tensor, basis: Tensor) -> Tensor:
+def warp(images: Tensor, matrices: Tensor, shifts: Tensor, basis: Tensor) -> Tensor:
     """Transform images float (N, 1, 28, 28) by inverse maps `matrices` (N, 2, 3); 0 outside.
 
-    `bends` (N, 2, K * K) move the control points, in pixels. The product with `basis` is
-    `F.affine_grid` plus the interpolated bends, 15 times as fast on a CPU.
+    `shifts` (N, 2, K * K) are of the control points, in pixels. The product with `basis` is
+    `F.affine_grid` plus the interpolated shifts, 15 times as fast on a CPU.
     """
-    grid = torch.cat([matrices, bends], 2).flatten(0, 1) @ basis
+    grid = torch.cat([matrices, shifts], 2).flatten(0, 1) @ basis
     grid = grid.view(-1, 2, IMAGE_SIZE, IMAGE_SIZE).permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 # --- Optimiser, schedule, prediction ---
 
-SURE = 0.99  # an answer of a higher probability counts as sure
+SURE = 0.99  # answers of a higher probability count as sure
 
 
 def make_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: float) -> Optimizer:
@@ -457,7 +459,7 @@ def make_optimizer(model: nn.Module, lr: float, momentum: float, weight_decay: f
     return SGD(
         model.parameters(), lr, momentum,
         weight_decay=weight_decay, nesterov=momentum > 0, fused=True,
-    )  # fmt: skip
+    )
 
 
 def make_schedule(
@@ -465,19 +467,19 @@ def make_schedule(
 ) -> LRScheduler:
     """One cycle (Smith & Topin, 2018). Any schedule will do whose `step()` needs no metric.
 
-    `step()` is called after each of the `steps`. During the share `warmup` of them the rate rises
-    from `lr` to `peak_lr`, half a cosine. Along another half it then falls, to reach 0 one step
-    after the last. Raises UserError if `lr` is above `peak_lr`.
+    `step()` follows each of the `steps`. Over the first share `warmup` of them the rate rises along
+    half a cosine from `lr` to `peak_lr`, then falls along another, to be 0 one step after the last.
+    Raises UserError if `lr` is above `peak_lr`.
     """
     if lr > peak_lr:
         raise UserError(f"--lr {lr} is above --peak-lr {peak_lr}")
-    # OneCycleLR counts from 0 to total_steps - 1, and its peak is at pct_start * total_steps - 1.
+    # OneCycleLR's peak is at step pct_start * total_steps - 1; at step 0 it would divide by 0.
     peak_step = warmup * steps
     return OneCycleLR(
         optimizer, peak_lr, total_steps=steps + 1,
         pct_start=(peak_step + 1) / (steps + 1) if warmup else 0.0,
         div_factor=peak_lr / lr, final_div_factor=math.inf, cycle_momentum=False,
-    )  # fmt: skip
+    )
 
 
 @torch.inference_mode()
@@ -551,7 +553,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock `folder` for a training; UserError if another one has. Windows has no locks."""
+    """Lock `folder` for a training; UserError if another has. Windows has no locks."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if os.name == "nt":
@@ -592,14 +594,14 @@ def save_checkpoint(path: Path, model: nn.Module, **contents: Any) -> None:
 
 
 def check_same(path: Path, stored: dict[str, Any], recipe: dict[str, Any]) -> None:
-    """UserError if `recipe` is not that of `path`, `stored`; the paths of teachers may change."""
+    """UserError if `recipe` differs from `stored`, that of `path`; teachers may have moved."""
     names = {**stored, **recipe}.keys() - {"teacher"}  # another version may have had others
     changed = [name for name in sorted(names) if stored.get(name) != recipe.get(name)]
     if changed:
         made = " ".join(f"--{name.replace('_', '-')} {stored.get(name)}" for name in changed)
         made = made.translate(str.maketrans("", "", "[],"))  # a list as it is typed
         raise UserError(f"{path} was made with {made}: --resume cannot change that; leave the flag "
-                        "out, or train anew into another --out, perhaps with this as --teacher")
+                        "out, or train into another --out, perhaps with this as --teacher")
 
 
 def find_runs(path: Path) -> list[Path]:
@@ -612,13 +614,13 @@ def find_runs(path: Path) -> list[Path]:
     if path.is_dir():
         if found := sorted(path.glob("model.pt")) or sorted(path.glob("*/model.pt")):
             return found
-        path = path / "model.pt"
+        path /= "model.pt"
     hint = "`python train.py` makes one"
     if others := sorted([*path.parent.glob("*.pt"), *path.parent.glob("*/*.pt")]):
         hint = f"there is {others[0]}"
         if others[0].name == "last.pt":
             hint += (", a training that is not finished; this goes on with it: "
-                     f"python train.py --resume --out {others[0].parent}")  # fmt: skip
+                     f"python train.py --resume --out {others[0].parent}")
     raise UserError(f"there is no {path}; {hint}")
 
 

@@ -61,7 +61,7 @@ STYLE = {
     "figure.constrained_layout.h_pad": 0.1,
 }
 NAMES = [name[:10] for name in CLASS_NAMES]
-LONG_NAMES = max(map(len, NAMES)) > 2  # they need more room
+NAMES_ARE_LONG = max(map(len, NAMES)) > 2  # they need more room
 
 
 class Reading(NamedTuple):
@@ -89,7 +89,7 @@ class Reading(NamedTuple):
 
     def answer(self, i: int) -> str:
         """The true and the predicted class of image `i`: "4 → 9"."""
-        arrow = "\n→ " if LONG_NAMES else " → "
+        arrow = "\n→ " if NAMES_ARE_LONG else " → "
         return NAMES[self.labels[i]] + arrow + NAMES[self.predicted[i]]
 
 
@@ -105,15 +105,15 @@ def read_split(model: Net, split: Split, name: str, tta: bool = False) -> Readin
 def plot_errors(reading: Reading, limit: int) -> Figure:
     """At most `limit` misread images, with both classes, probabilities and index."""
     shown = reading.mistakes()[:limit].tolist()
-    columns = 8 if LONG_NAMES else 10
+    columns = 8 if NAMES_ARE_LONG else 10
     figure, axes = sheet(
         reading.summary(),
         f"The {len(shown):,} most confident mistakes: true class → prediction and its probability. "
         f"Below: the index in the {reading.name} images, and the probability of the true class",
         rows=math.ceil(len(shown) / columns) or 1,
         columns=columns,
-        panel=1.45 if LONG_NAMES else 0.95,
-        gap=(0.14, 0.65 if LONG_NAMES else 0.5),
+        panel=1.45 if NAMES_ARE_LONG else 0.95,
+        gap=(0.14, 0.65 if NAMES_ARE_LONG else 0.5),
     )
     for axis, i in zip(axes.flat, shown):
         label = reading.labels[i]
@@ -121,19 +121,19 @@ def plot_errors(reading: Reading, limit: int) -> Figure:
         true = f"{NAMES[label]}: {percent(probabilities[label])}"
         show_image(axis, reading.images[i, 0])
         caption(axis, reading.answer(i), percent(probabilities.max()))
-        grey = {"va": "top", "transform": axis.transAxes, "color": MUTED, "fontsize": 8}
-        axis.text(0, -0.05, f"#{i}", **grey)
-        axis.text(1, -0.05, true, ha="right", **grey)
+        style = {"va": "top", "transform": axis.transAxes, "color": MUTED, "fontsize": 8}
+        axis.text(0, -0.05, f"#{i}", **style)
+        axis.text(1, -0.05, true, ha="right", **style)
     return figure
 
 
 def percent(probability: Tensor | float) -> str:
-    """A probability as text; one below 1 is never "100.0%"."""
+    """A probability as text: "> 99.9%", never "100.0%"."""
     return "> 99.9%" if probability > 0.999 else f"{probability:.1%}"
 
 
 def plot_confusion(reading: Reading) -> Figure:
-    """The confusion matrix. Only mistakes have colours: beside the diagonal all would be pale."""
+    """The confusion matrix. Only mistakes have colours: with the diagonal all would be pale."""
     counts = utils.confusion_matrix(reading.predicted, reading.labels).numpy()
     classes = len(NAMES)
     wrong = np.ma.masked_array(counts, np.eye(classes))
@@ -154,7 +154,7 @@ def plot_confusion(reading: Reading) -> Figure:
         count = f"{counts[row, column]:,}"
         axis.text(column + 0.5, row + 0.5, count, ha="center", va="center", color=color)
     middles = np.arange(classes) + 0.5
-    axis.set_xticks(middles, NAMES, rotation=90 * LONG_NAMES)
+    axis.set_xticks(middles, NAMES, rotation=90 * NAMES_ARE_LONG)
     axis.set_yticks(middles, NAMES)
     axis.set(xlabel="prediction", ylabel="true class", aspect="equal")
     axis.invert_yaxis()
@@ -222,9 +222,9 @@ def plot_explanations(model: Net, reading: Reading) -> Figure:
         "pixels change its score. Bright is strong, on one scale for both classes.\n"
         "Empty corners can be bright: ink that is missing there speaks for a class, too.",
         rows=math.ceil(len(shown) / 2) or 1,
-        columns=10,
+        columns=2 * 5,
         panel=1.05,
-        gap=(0.16, 0.55 if LONG_NAMES else 0.32),
+        gap=(0.16, 0.55 if NAMES_ARE_LONG else 0.32),
     )
     for panels, i in zip(axes.reshape(-1, 5), shown):
         image = reading.images[i]
@@ -241,7 +241,7 @@ def plot_explanations(model: Net, reading: Reading) -> Figure:
                 show_image(axis, heat, 0, top, "cividis")
                 outline = axis.contour(image[0], levels=[100], colors="white", linewidths=0.9)
                 outline.set_path_effects([withStroke(linewidth=2, foreground="0.2")])
-                space = "\n" if LONG_NAMES else " "
+                space = "\n" if NAMES_ARE_LONG else " "
                 axis.set_title(f"{name}:{space}{NAMES[c]}", loc="left", color=MUTED)
     return figure
 
@@ -250,29 +250,29 @@ MAPS_SHOWN = 24  # at most, of each block
 
 
 def plot_filters(model: Net, reading: Reading) -> Figure:
-    """The filters of the first layer, and maps of the first image. UserError if there are none."""
+    """The first layer's filters, the first image's maps; UserError without a convolution."""
     image = reading.images[0]
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     if not convolutions:
         raise UserError("the network has no convolution")
-    rows = {"filters": convolutions[0].weight.detach()[:, 0]}
+    shown = {"filters": convolutions[0].weight.detach()[:, 0]}
     x = image.unsqueeze(0) / 255
     for i, block in enumerate(getattr(model, "blocks", []), 1):
         x = block(x).detach()
         if x.dim() == 4:
-            rows[f"block {i}"] = x[0]
+            shown[f"block {i}"] = x[0]
     figure, axes = sheet(
         "The learned filters of the first layer, and what each block makes of one image "
         f"({NAMES[reading.labels[0]]}, read as {NAMES[reading.predicted[0]]})",
         "Filters: grey is 0, white positive, each on its own scale. Maps: bright is strong, on one "
         f"scale for each block; at most {MAPS_SHOWN} are shown",
-        rows=len(rows),
+        rows=len(shown),
         columns=2 + MAPS_SHOWN,
         panel=0.44,
         gap=(0.05, 0.12),
     )
     show_image(axes[0, 0], image[0])
-    for row, (name, maps) in zip(axes, rows.items()):
+    for row, (name, maps) in zip(axes, shown.items()):
         text = f"{name}\n{maps.shape[1]}x{maps.shape[2]}"
         row[1].text(0.9, 0.5, text, ha="right", va="center")
         for axis, channel in zip(row[2:], maps):
@@ -288,7 +288,7 @@ TEMPERATURE = 4  # of doubts.png: at 1, nearly all points would lie at the names
 
 
 def plot_doubts(reading: Reading) -> Figure:
-    """A point for each image: the mean of the names' places on a circle, by probability."""
+    """A point for each image: the names' places on a circle, averaged by probability."""
     classes = len(NAMES)
     order = list(range(classes))
     if "".join(NAMES) == "0123456789":
@@ -300,23 +300,23 @@ def plot_doubts(reading: Reading) -> Figure:
     palette = matplotlib.colormaps["tab10" if classes <= 10 else "hsv"].resampled(classes)
     colors = palette(reading.labels.numpy())
     mistakes = reading.mistakes()
-    size = 120 / max(120, len(mistakes))  # many mistakes: small dots, thin rims
+    scale = 120 / max(120, len(mistakes))  # many mistakes: small dots, thin rims
     figure, axis = chart((8, 8.4), f"Between the answers: {reading.summary()}")
     axis.scatter(
         *points.t(), s=5, color=colors, linewidths=0, alpha=0.6,
         label="an image, in the colour of its class",
-    )  # fmt: skip
+    )
     axis.scatter(
-        *points[mistakes].t(), s=4 + 34 * size, facecolor=colors[mistakes], linewidths=size,
+        *points[mistakes].t(), s=4 + 34 * scale, facecolor=colors[mistakes], linewidths=scale,
         edgecolors="black", label="misread, with a rim",
-    )  # fmt: skip
+    )
     for i, (x, y) in enumerate(1.08 * places.numpy()):
         box = {"boxstyle": "round", "facecolor": palette(i), "alpha": 0.5, "linewidth": 0}
         axis.text(x, y, NAMES[i], ha="center", va="center", weight="bold", bbox=box)
     axis.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
     axis.set_axis_off()
     note = (
-        "Near a name: sure. Elsewhere: between the names that the network wavers between.\n"
+        "The nearer a name, the surer. Elsewhere: between the names that it wavers between.\n"
         f"The probabilities are softened by a temperature of {TEMPERATURE}, "
         "so even the surest lie far from their name."
     )
@@ -325,7 +325,7 @@ def plot_doubts(reading: Reading) -> Figure:
 
 
 def plot_images(found: list[tuple[Image.Image, Tensor, dict[str, Any]]]) -> Figure:
-    """Images, what the network sees of each, and reports, from `photos.read_files`."""
+    """The triples of `photos.read_files`: image, what the network sees of it, report."""
     across = min(2, len(found))
     figure, axes = sheet(
         "What the network reads in your images",
@@ -333,7 +333,7 @@ def plot_images(found: list[tuple[Image.Image, Tensor, dict[str, Any]]]) -> Figu
         rows=math.ceil(len(found) / across),
         columns=3 * across,
         panel=1.3,
-        gap=(0.25, 0.95 if LONG_NAMES else 0.55),
+        gap=(0.25, 0.95 if NAMES_ARE_LONG else 0.55),
     )
     for panels, (original, seen, report) in zip(axes.reshape(-1, 3), found):
         left, middle, right = panels
@@ -357,7 +357,7 @@ def plot_images(found: list[tuple[Image.Image, Tensor, dict[str, Any]]]) -> Figu
         bars = right.bar(range(len(shown)), probabilities[shown], color="0.7", tick_label=names)
         bars[probabilities[shown].argmax()].set_color(ACCENT)
         right.set(yticks=[], ylim=(0, 1))
-        right.tick_params(length=0, labelsize=8, rotation=90 * LONG_NAMES)
+        right.tick_params(length=0, labelsize=8, rotation=90 * NAMES_ARE_LONG)
     return figure
 
 
@@ -425,7 +425,7 @@ def sheet(
     figure.subplots_adjust(
         left=left, right=1 - left, wspace=gap[0] / panel,
         bottom=gap[1] / height, top=1 - header / height, hspace=gap[1] / panel,
-    )  # fmt: skip
+    )
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -462,7 +462,7 @@ def save(figure: Figure, path: Path) -> None:
 def draw_split(
     args: argparse.Namespace, model: Net, checkpoint: dict[str, Any], device: torch.device
 ) -> list[Path]:
-    """Draw the pictures that apply, and delete old ones of the others; returns their paths."""
+    """Draw the pictures that apply, delete the others' old files; returns their paths."""
     split = utils.load_split(args.split, args.data_dir, checkpoint, device)
     reading = read_split(model, split, SPLITS[args.split], args.tta)
     model.cpu()  # where the images are

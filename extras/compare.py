@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         form = ".5f" if "loss" in name else ".3%"
         verdict = "" if abs(found["mean"]) > 2 * found["sem"] else "  no difference"
         lines.append(f"{title:24}{sum(a) / len(a):10{form}}{sum(b) / len(b):10{form}}"
-                     f"   {found['mean']:+{form}} ± {found['sem']:{form}}{verdict}")  # fmt: skip
+                     f"   {found['mean']:+{form}} ± {found['sem']:{form}}{verdict}")
     print("\n".join(lines))
 
 

@@ -49,7 +49,7 @@ def export_onnx(model: Net, path: Path) -> str:
                 opset_version=18, dynamo=True, external_data=False, verbose=False,
                 input_names=["image"], output_names=["logits"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
-            )  # fmt: skip
+            )
         except torch.onnx.errors.OnnxExporterError as error:
             raise UserError(f"not exported: {utils.one_line(error)}") from error
         try:
@@ -105,7 +105,7 @@ def handwriting(checkpoint: dict[str, Any]) -> str:
     strokes = ""
     if checkpoint["recipe"]["variants"]:
         strokes = (", with flags drawn onto ones, bars through sevens, tails under nines and "
-                   "slashes through zeros")  # fmt: skip
+                   "slashes through zeros")
     return f"It has learnt American handwriting (MNIST){strokes}."
 
 

@@ -42,7 +42,7 @@ STYLE = {
     "font.size": 9, "figure.titlesize": 11, "figure.titleweight": "bold", "savefig.dpi": 150,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
     "axes.edgecolor": "0.6", "xtick.color": "0.4", "ytick.color": "0.4", "grid.color": "0.92",
-}  # fmt: skip
+}
 
 
 def plot_variants() -> Figure:
@@ -136,7 +136,7 @@ def examples_network() -> nn.Sequential:
         nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2),
         nn.Dropout(0.25), nn.Flatten(),
         nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10),
-    )  # fmt: skip
+    )
 
 
 SCALED = transforms.RandomAffine(10, scale=(0.9, 1.1))

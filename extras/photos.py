@@ -1,8 +1,7 @@
 """Your own digits: photos and scans, prepared as MNIST's images were (LeCun et al., 1998).
 
-`gray` is brightness, float (H, W), 0 to 1. `depth` is the share of the paper's light that the ink
-takes, float (H, W), 0 to 1. A "part" is ink that hangs together (a connected component). Levels are
-shares of a depth, and lengths are shares of a digit's height, where no unit is given.
+`gray` is brightness, `depth` the share of the paper's light that ink takes: float (H, W), 0 to 1.
+A "part" is ink that hangs together: a connected component.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence, ImageStat, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from model import IMAGE_SIZE
+from model import CLASS_NAMES, IMAGE_SIZE
 from utils import UserError
 
 with contextlib.suppress(ImportError):  # optional, for the photos of iPhones
@@ -34,42 +33,54 @@ with contextlib.suppress(ImportError):  # optional, for the photos of iPhones
     pillow_heif.register_heif_opener()
 
 
-# --- Reports ----------------------------------------------------------------------------------
+# --- Reports ---
 
+MORE = "perhaps more digits"
 UNSURE = 0.8  # probability of the least sure digit, below which the second guess is told too
 
 
 def read_images(
-    model: nn.Module, paths: Sequence[Path], labels: bool = False
+    model: nn.Module, paths: Sequence[Path], labels: bool = False, raw: bool = False
 ) -> tuple[dict[str, Any], int]:
     """All that is reported of the images in `paths`, ready for JSON, and how many were not read.
 
-    With `labels` the name of an image's folder is the right answer, and the accuracy, from 0 to 1,
-    is reported too.
+    With `labels` the name of an image's folder is the right answer, and the accuracy, 0 to 1, is
+    reported too. UserError for a folder whose name is no number, or with `raw` no class.
     """
     files = find_images(paths)
-    images = [report for _, _, report in read_files(model, files)]
+    for folder in {file.absolute().parent for file in files} if labels else ():
+        if folder.name not in CLASS_NAMES and (raw or not folder.name.replace(" ", "").isdecimal()):
+            raise UserError(f"--labels: {folder} is named after no {'class' if raw else 'number'}")
+    images = [report for _, _, report in read_files(model, files, raw)]
     results: dict[str, Any] = {"images": images}
     if labels and images:
         for image in images:
             image["label"] = Path(image["path"]).absolute().parent.name
-        right = sum(image["number"] == image["label"] for image in images)
+        right = sum(is_right(image["number"], image["label"]) for image in images)
         results.update(accuracy=right / len(images), right=right, labelled=len(images))
     return results, len(files) - len(images)
+
+
+def is_right(number: str, label: str) -> bool:
+    """Whether `label` says the same as `number`, whatever its rows; 07 does for a single 7."""
+    label = label.replace(" ", "")
+    is_same = len(number) == 1 and number.lstrip("0") == label.lstrip("0")
+    return is_same or number.replace(" ", "") == label
 
 
 def print_images(results: dict[str, Any]) -> None:
     """Print what `read_images` returned: a line for each image, and the accuracy if known."""
     for image in results["images"]:
         guess = f"\tor perhaps {image['second_guess']}" if "second_guess" in image else ""
-        print(f"{image['path']}\t{image['number']}\t{image['confidence']:.4f}{guess}")
+        doubt = f"\t{image['doubt']}" if "doubt" in image else ""
+        print(f"{image['path']}\t{image['number']}\t{image['confidence']:.4f}{guess}{doubt}")
     if "accuracy" in results:
         share = f"{results['right']} of {results['labelled']}"
         print(f"Accuracy: {results['accuracy']:.2%} ({share})")
 
 
 def read_files(
-    model: nn.Module, files: Sequence[Path]
+    model: nn.Module, files: Sequence[Path], raw: bool = False
 ) -> Iterator[tuple[Image.Image, Tensor, dict[str, Any]]]:
     """Each of `files`: the image, its digits uint8 (N, 28, 28), and the report.
 
@@ -77,37 +88,34 @@ def read_files(
     """
     for path in (bar := tqdm(files, "Reading", leave=False, delay=2, disable=None)):
         try:
-            image, rows = read_rows(path)
+            if raw:
+                image, digits = read_raw(path)
+                row_lengths, is_doubtful = [1], False
+            else:
+                image, digits, row_lengths, is_doubtful = read_rows(path)
         except UserError as error:
             bar.clear()
             utils.say("warning", str(error))
             continue
-        digits = torch.cat(rows)
-        yield image, digits, describe(path, classify(model, digits), [len(row) for row in rows])
+        report = describe(path, classify(model, digits, tta=not raw), row_lengths)
+        yield image, digits, {**report, "doubt": MORE} if is_doubtful else report
 
 
-def classify(model: nn.Module, digits: Tensor) -> Tensor:
-    """Probabilities float (N, 10), on the CPU, of prepared digits uint8 (N, 28, 28).
-
-    They are the mean of nine looks where one look is unsure.
-    """
+def classify(model: nn.Module, digits: Tensor, tta: bool = True) -> Tensor:
+    """Probabilities float (N, 10), on the CPU, of prepared digits uint8 (N, 28, 28)."""
     device = next(model.parameters()).device
-    return utils.predict(model, digits.unsqueeze(1).to(device), tta=True).softmax(1).cpu()
+    return utils.predict(model, digits.unsqueeze(1).to(device), tta).softmax(1).cpu()
 
 
 def describe(path: Path, probabilities: Tensor, row_lengths: Sequence[int]) -> dict[str, Any]:
     """The report on one image: `probabilities` (N, 10) of its digits, so many in each row."""
     confidences, digits = probabilities.max(1)
+    each = zip(digits.tolist(), confidences.tolist(), probabilities.tolist())
     report = {
         "path": str(path),
         "number": digits_to_text(digits, row_lengths),
         "confidence": confidences.min().item(),
-        "digits": [
-            {"digit": digit, "confidence": confidence, "probabilities": shares}
-            for digit, confidence, shares in zip(
-                digits.tolist(), confidences.tolist(), probabilities.tolist()
-            )
-        ],
+        "digits": [{"digit": d, "confidence": c, "probabilities": p} for d, c, p in each],
     }
     guess = second_guess(probabilities, row_lengths)
     return {**report, "second_guess": guess} if guess else report
@@ -117,56 +125,49 @@ def second_guess(probabilities: Tensor, row_lengths: Sequence[int] = ()) -> str 
     """The number with the second guess for the least sure digit of (N, 10), if below UNSURE."""
     confidences, digits = probabilities.max(1)
     least = int(confidences.argmin())
-    if confidences[least] >= UNSURE:
-        return None
     digits[least] = probabilities[least].topk(2).indices[1]
-    return digits_to_text(digits, row_lengths)
+    return digits_to_text(digits, row_lengths) if confidences[least] < UNSURE else None
 
 
 def digits_to_text(digits: Tensor, row_lengths: Sequence[int] = ()) -> str:
     """Digits (N,) as a string, with a blank between rows of so many; one row if not told."""
     rows = digits.split(list(row_lengths) or len(digits))
-    return " ".join("".join(map(str, row.tolist())) for row in rows)
+    return " ".join("".join(CLASS_NAMES[digit] for digit in row) for row in rows)
 
 
-# --- Files ------------------------------------------------------------------------------------
+# --- Files ---
 
 MIN_SIDE = 8  # pixels: smaller images are refused
 MAX_PIXELS = 64 * 2**20  # larger images are refused
 WORK_SIZE = 512  # pixels a side: larger images are averaged down to this first
+STRIP = 4  # times as long as high: what is longer is a strip, and stays larger
 DARK = 0.05  # of what is visible: with less of it dark, a transparent image is a light drawing
+FRAMES = {"GIF", "PNG", "WEBP", "AVIF"}  # formats that move
 HEIF = {".heic", ".heif"}  # the format of iPhones
 HEIF_PACKAGE = "pillow-heif"
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The files of `paths` as given, and the images in its folders, at any depth, sorted.
+    """The files of `paths`, with * and ? expanded, and the images in its folders, at any depth.
 
-    Expands * and ? in names. An image has an ending that Pillow reads, and is not hidden. A warning
-    names the other files. A folder without any image stands for itself.
+    An image has an ending that Pillow reads. A warning names the other files. A folder without any
+    image stands for itself.
     """
     readable = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = []
     skipped = []
-    for path in expand_patterns(paths):
-        files = visible_files(path) if os.path.isdir(path) else []  # Path's fails on long names
-        found += sorted(file for file in files if file.suffix.lower() in readable) or [path]
-        skipped += [file.suffix.lower() for file in files if file.suffix.lower() not in readable]
+    for pattern in paths:
+        matches = [] if os.path.exists(pattern) else sorted(map(Path, glob.glob(str(pattern))))
+        for path in matches or [pattern]:
+            files = visible_files(path) if os.path.isdir(path) else []  # Path's fails on long names
+            images = [file for file in files if file.suffix.lower() in readable]
+            found += sorted(images) or [path]
+            skipped += [file.suffix.lower() for file in files if file not in images]
     if skipped:
-        kinds = [
-            (kind or "no ending") + f" (needs {HEIF_PACKAGE})" * (kind in HEIF)
-            for kind in sorted(set(skipped))
-        ]
-        plural = "s" * (len(skipped) > 1)
-        utils.say("warning", f"{len(skipped)} file{plural} skipped: {', '.join(kinds)}")
+        needs = {kind: f"{kind} (needs {HEIF_PACKAGE})" for kind in HEIF} | {"": "no ending"}
+        kinds = ", ".join(needs.get(kind, kind) for kind in sorted(set(skipped)))
+        utils.say("warning", f"{len(skipped)} file{'s' * (len(skipped) > 1)} skipped: {kinds}")
     return found
-
-
-def expand_patterns(paths: Sequence[Path]) -> Iterator[Path]:
-    """`paths`, with the files that match * and ? where a path does not exist as it is written."""
-    for path in paths:
-        matches = [] if os.path.exists(path) else sorted(map(Path, glob.glob(str(path))))
-        yield from matches or [path]
 
 
 def visible_files(folder: Path) -> list[Path]:
@@ -176,30 +177,38 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def read_number(path: str | Path) -> tuple[Image.Image, Tensor]:
-    """The image at `path`, RGB, at most 512 pixels a side, and its digits: uint8 (N, 28, 28).
+    """The image at `path`, RGB, and its digits as MNIST has them: uint8 (N, 28, 28), ink 255.
 
-    The digits are prepared: ink 255 on 0. Raises UserError, one line naming the file, if it cannot
-    be read or is blank, too small or too large.
+    Raises UserError, one line naming the file, if it cannot be read or is blank.
     """
-    image, rows = read_rows(path)
-    return image, torch.cat(rows)
+    return read_rows(path)[:2]
 
 
-def read_rows(path: str | Path) -> tuple[Image.Image, list[Tensor]]:
-    """As `read_number`, with the digits of each row by themselves, from the top."""
+def read_raw(path: str | Path) -> tuple[Image.Image, Tensor]:
+    """The image at `path`, RGB, and as the network sees it, ink 255: uint8 (1, 28, 28).
+
+    Raises UserError, one line naming the file, if it has another size.
+    """
+    image = open_image(path)
+    width, height = image.size
+    if width != IMAGE_SIZE or height != IMAGE_SIZE:
+        raise UserError(f"{path}: {width} x {height} pixels; --raw needs {IMAGE_SIZE} a side")
+    return image, torch.from_numpy(np.array(image.convert("L")))[None]
+
+
+def read_rows(path: str | Path) -> tuple[Image.Image, Tensor, list[int], bool]:
+    """As `read_number`; how many digits are in each row; whether there are perhaps more digits."""
     image = open_image(path)
     for channel in (image.convert("L"), *image.split()):  # red ink on green may be blank in grey
-        rows = find_digits(torch.from_numpy(np.asarray(channel, np.float32) / 255))
+        gray = torch.from_numpy(np.asarray(channel, np.float32) / 255)
+        rows, is_doubtful = find_digits(erase_lines(erase_lines(gray).t()).t().contiguous())
         if rows:
-            return image, rows
+            return image, torch.cat(rows), [len(row) for row in rows], is_doubtful
     raise UserError(f"{path}: blank, no ink found")
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """The image as people see it: upright, RGB, without transparency, at most 512 pixels a side.
-
-    Raises UserError, one line naming the file.
-    """
+    """The image as people see it: upright, without transparency; RGB, about 512 pixels a side."""
     image = load_image(path)
     if image.mode[0] in "IF":  # 16 bits or floating point, to be stretched
         values = np.asarray(ImageOps.exif_transpose(image), np.float32)
@@ -207,34 +216,52 @@ def open_image(path: str | Path) -> Image.Image:
         image = Image.fromarray(np.uint8(values))
     elif image.mode not in ("L", "RGB") or image.has_transparency_data:
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    image = ImageOps.exif_transpose(image.reduce(math.ceil(max(image.size) / WORK_SIZE)))
+    image = ImageOps.exif_transpose(image.reduce(math.ceil(strip_side(image.size) / WORK_SIZE)))
     return (on_backdrop(image) if image.mode == "RGBA" else image).convert("RGB")
 
 
+def strip_side(size: Sequence[int]) -> int:
+    """The longer side of an image of `size`, or for a strip STRIP times its shorter one."""
+    return min(max(size), STRIP * min(size))
+
+
 def load_image(path: str | Path) -> Image.Image:
-    """The image at `path` as it is stored; UserError, one line, if it cannot be read."""
+    """The image at `path` as it is stored; UserError, one line naming the file, if it cannot be."""
     if os.path.isdir(path):
         raise UserError(f"{path}: no images in this folder")
     try:
         with warnings.catch_warnings(record=True), Image.open(path) as image:  # of odd files
             width, height = image.size
             if min(width, height) < MIN_SIDE:
-                least = f"{MIN_SIDE} a side are needed"
-                raise ValueError(f"{width} x {height} pixels are too few, {least}")
+                raise ValueError(f"{width} x {height} pixels are too few, {MIN_SIDE} are needed")
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width} x {height} pixels are too many")
             image.draft(None, (WORK_SIZE, WORK_SIZE))  # decodes a large JPEG at a half or less
-            if image.format == "GIF":
-                image.seek(image.n_frames - 1)  # a digit that draws itself is complete at the end
+            count = getattr(image, "n_frames", 1)
+            if image.format == "TIFF" and count > 1:
+                utils.say("warning", f"{path}: only the first of {count} pages is read")
+            if image.format in FRAMES and count > 1:
+                return last_frame(image)
             image.load()
             return image
-    except UnidentifiedImageError as error:
-        lacks = Path(path).suffix.lower() in HEIF and not HEIF & set(Image.registered_extensions())
-        needs = f"needs the package {HEIF_PACKAGE}: pip install {HEIF_PACKAGE}"
-        raise UserError(f"{path}: {needs if lacks else 'no image Pillow can read'}") from error
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
         reason = getattr(error, "strerror", None) or utils.one_line(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no image Pillow can read"
+            if Path(path).suffix.lower() in HEIF - set(Image.registered_extensions()):
+                reason = f"needs the package {HEIF_PACKAGE}: pip install {HEIF_PACKAGE}"
         raise UserError(f"{path}: {reason}") from error
+
+
+def last_frame(image: Image.Image) -> Image.Image:
+    """The last frame with ink, where a digit that draws itself is complete."""
+    last = None
+    for frame in ImageSequence.Iterator(image):
+        ranges = frame.convert("RGBA").getextrema()
+        has_ink = any(high - low > 255 * MIN_CONTRAST for low, high in ranges)
+        if has_ink or last is None:
+            last = frame.copy()
+    return last
 
 
 def on_backdrop(image: Image.Image) -> Image.Image:
@@ -247,46 +274,50 @@ def on_backdrop(image: Image.Image) -> Image.Image:
     return backdrop
 
 
-# --- From an image to rows of parts -----------------------------------------------------------
+# --- From an image to rows of parts ---
 
 OVERVIEW_SIZE = 128  # pixels a side: a digit in a row of ten is still ten pixels high
 WINDOW = 2 / 5  # of the shorter side: wider than strokes, narrower than most shadows and sheets
+CLEAR = 8  # pixels: where digits are lower, the overview is made twice as large
+WIDE = 1.5  # times its height: a wider digit is perhaps two that touch
 NARROW = 3 / 4  # of a digit's height, once it is known: anything wider is no stroke
 
 
-def find_digits(gray: Tensor) -> list[Tensor]:
-    """The digits in `gray`, as in MNIST: uint8 (N, 28, 28) for each row from the top.
+def find_digits(gray: Tensor, size: int = 0) -> tuple[list[Tensor], bool]:
+    """The digits of each row in `gray`, uint8 (N, 28, 28), and whether there are perhaps more.
 
-    Paper and rows are found twice. The second time the height of the digits is known, and paper is
-    what is wider than their strokes.
+    Rows are found in an overview, whose longer side has `size` pixels, and that twice. The second
+    time the height of the digits is known, and paper is what is wider than their strokes.
     """
-    overview = fit_within(gray, OVERVIEW_SIZE)
+    size = size or OVERVIEW_SIZE * max(gray.shape) // strip_side(gray.shape)
+    overview = fit_within(gray, size)
     tile = find_tile(overview)
     if tile:
-        top, bottom, left, right = (round(n * max(gray.shape) / OVERVIEW_SIZE) for n in tile)
-        rows = find_digits(gray[top:bottom, left:right])
-        if rows:
-            return rows
-    pixel = pixel_width(gray, overview)
-    window = int(WINDOW * min(overview.shape))
-    dark, light = (
-        sum(find_rows(ink_depth(side, find_paper(side, window)), pixel), [])
-        for side in (overview, 1 - overview)
-    )
-    ink_is_light = is_ink_light(overview, dark, light)
-    if ink_is_light:
+        top, bottom, left, right = (round(n * max(gray.shape) / size) for n in tile)
+        inside = find_digits(gray[top:bottom, left:right])
+        if inside[0]:
+            return inside
+    if asymmetry(overview) > LIGHT:
         gray = 1 - gray
         overview = 1 - overview
-    height = typical_height(light if ink_is_light else dark)
+    pixel = math.ceil(size / max(gray.shape))
+    window = int(WINDOW * min(overview.shape))
+    rows, _ = find_rows(ink_depth(overview, find_paper(overview, window)), pixel)
+    height = typical_height(sum(rows, []))
+    if height < CLEAR and size < max(gray.shape):
+        return find_digits(gray, min(2 * size, max(gray.shape)))
     paper = find_paper(overview, min(window, int(NARROW * height)))
-    rows = find_rows(ink_depth(overview, paper), pixel, FAINT)
+    rows, others = find_rows(ink_depth(overview, paper), pixel, FAINT)
     digits = [cut_row(gray, paper, row) for row in rows]
-    return [torch.stack(row) for row in digits if row]
+    is_doubtful = any(could_be_digit(part, row, overview) for part in others for row in rows)
+    is_doubtful |= any(is_wide(digit) for row in digits for digit in row)
+    return [torch.stack(row) for row in digits if row], is_doubtful
 
 
-def pixel_width(gray: Tensor, overview: Tensor) -> int:
-    """The width of a pixel of `gray` in its `overview`, in pixels: 1, or more for a tiny image."""
-    return math.ceil(max(overview.shape) / max(gray.shape))
+def is_wide(digit: Tensor) -> bool:
+    """Whether a prepared `digit` (28, 28) is perhaps two that touch."""
+    ink = digit > 127
+    return bool(ink.any(0).sum() > WIDE * ink.any(1).sum())
 
 
 def find_paper(gray: Tensor, window: int) -> Tensor:
@@ -300,38 +331,59 @@ def ink_depth(gray: Tensor, paper: Tensor) -> Tensor:
     return ((paper - gray) / paper.clamp(min=0.05)).clamp(min=0)
 
 
-# --- Whether ink is dark or light, and tiles --------------------------------------------------
+# --- Lines of ruled and squared paper ---
+
+THIN = 1 / 48  # of a line's length: a printed line is thinner, a pen's stroke hardly ever
+SLOPE = 0.12  # at most: paper in a photo lies up to 7 degrees askew
+SLOPES = 21  # are tried, from -SLOPE to SLOPE
+BLOCKS = 24  # of columns: in each the line has one height
+GAPS = 0.3  # of the blocks: in so many a line may be faded or hidden
+LINE = 0.03  # of the paper's light, above what noise takes: a paler line does no harm
+OPEN_END = 1 / 2  # of the line's depth: less of it in the outer blocks, and it is somebody's stroke
+DEEPER = 3  # times the line's depth: that is ink which crosses it, and it stays
+
+
+def erase_lines(gray: Tensor) -> Tensor:
+    """`gray` (H, W) without the dark lines that cross it from the left border to the right.
+
+    A line is thin, straight and about as deep everywhere. Ink that crosses it is deeper, or is not
+    thin where it crosses.
+    """
+    height, width = gray.shape
+    side = 2 * round(THIN * width / 2) + 1
+    darker = F.pad(gray, [0, 0, side, side])  # beyond the border, so that dark edges are not thin
+    paper = -dilate_along_y(-dilate_along_y(darker, side), side)[side:-side]
+    depth = (paper - gray) / paper.clamp(min=0.2)  # of marks that are thin along y
+    thin = dilate_along_y(depth, 3)[::2]  # half of the rows are enough
+    thin = F.adaptive_avg_pool2d(thin[None], (len(thin), BLOCKS))[0]
+    middles = (torch.arange(BLOCKS) + 0.5) * width / BLOCKS - width / 2
+    rise = (torch.linspace(-SLOPE, SLOPE, SLOPES)[:, None] * middles / 2).round().long()
+    room = int(rise.max())
+    padded = F.pad(thin, [0, 0, room, room], value=math.inf)  # beyond the image it may go on
+    rows = torch.arange(len(thin))[:, None, None] + rise + room  # (H / 2, SLOPES, BLOCKS)
+    along = padded.gather(0, rows.flatten(0, 1)).view(rows.shape)
+    depths = along.nan_to_num(posinf=0).kthvalue(1 + int(GAPS * BLOCKS)).values
+    bent = dilate_along_y(padded, 5).gather(0, rows.flatten(0, 1)).view(rows.shape)
+    ends = torch.minimum(bent[..., :2].amax(2), bent[..., -2:].amax(2))
+    is_line = (depths > depths.median() + LINE) & (ends > OPEN_END * depths)
+    found = torch.where(is_line, depths, 0.0)[..., None].expand(rows.shape).flatten(0, 1)
+    lines = torch.zeros_like(padded).scatter_reduce(0, rows.flatten(0, 1), found, "amax")
+    lines = dilate_along_y(lines[room : room + len(thin)], 3)
+    lines = lines[torch.arange(height) // 2][:, torch.arange(width) * BLOCKS // width]
+    return gray + paper * torch.minimum(depth, (DEEPER * lines - depth).clamp(min=0))
+
+
+# --- Whether ink is dark or light, and tiles ---
 
 SKEW_SIZE = 32  # pixels a side, to tell ink from paper by its rarity
-POLARITY = 3 / 4  # weight of stroke likeness against asymmetry
-USUAL = 1.0  # of stroke likeness: what dark ink, the usual one, has ahead
+LIGHT = 0.9  # of asymmetry: with more of it the ink is light; a photo's uneven light has some, too
 BORDER = 0.25  # at most, of asymmetry: a tight digit has paper at the border, a sheet has a desk
 TILE = 1 / 4  # of the longer side: a smaller rectangle is no tile
 SOLID = 0.9  # of an edge: what is less complete is no tile
 
 
-def is_ink_light(gray: Tensor, dark: list[Part], light: list[Part]) -> bool:
-    """Whether in `gray` the parts of `light` ink are the digits, and not those of `dark` ink.
-
-    Ink is what looks more like strokes, is rarer and is not at the border.
-    """
-    if not (dark and light):
-        return not dark
-    likeness = USUAL + stroke_likeness(dark) - stroke_likeness(light)
-    return asymmetry(gray) > POLARITY * likeness
-
-
-def stroke_likeness(parts: list[Part]) -> float:
-    """Logarithm of a part's mean area / width², a stroke's width being 2 area / perimeter."""
-    mask = mask_of(parts, torch.empty(OVERVIEW_SIZE, OVERVIEW_SIZE)).float()
-    return math.log(outline(mask) ** 2 / 4 / mask.sum().item() / len(parts))
-
-
 def asymmetry(gray: Tensor) -> float:
-    """How much `gray` looks like light ink on dark.
-
-    Ink is rare, which skews the histogram, and it is not at the border.
-    """
+    """How much `gray` looks like light ink on dark: ink is rare, and it is not at the border."""
     gray = fit_within(gray, SKEW_SIZE)
     flat = gray - resize(resize(gray, 3, 3), *gray.shape)  # without uneven light
     flat = (flat - flat.mean()) / flat.std().clamp(min=1e-6)
@@ -340,29 +392,20 @@ def asymmetry(gray: Tensor) -> float:
 
 
 def find_tile(gray: Tensor) -> tuple[int, int, int, int] | None:
-    """The inside of a solid rectangle, darker or lighter than what is around it.
-
-    Such is the saved figure of a digit. It is top, bottom, left, right, in pixels.
-    """
-    height, width = gray.shape
-    flat = gray - (gray.min() + gray.max()) / 2
-    for part in find_parts(flat, 0) + find_parts(-flat, 0):
-        is_large = min(part.height, part.width) > TILE * max(height, width)
-        if is_large and part.height < height and part.width < width and is_solid(part):
-            return part.top + 3, part.bottom - 3, part.left + 3, part.right - 3
+    """The inside of a solid rectangle, such as a saved figure: top, bottom, left, right."""
+    level = (gray.min() + gray.max()) / 2
+    for part in find_parts(gray - level, 0) + find_parts(level - gray, 0):
+        inside = part.top + 3, part.bottom - 3, part.left + 3, part.right - 3
+        is_large = min(part.height, part.width) > TILE * max(gray.shape)
+        if is_large and part.height < gray.shape[0] and part.width < gray.shape[1]:
+            mask = mask_of([part], gray)[part.top : part.bottom, part.left : part.right].float()
+            edges = mask[2], mask[-3], mask[:, 2], mask[:, -3]
+            if mask.mean() > 1 / 2 and min(edge.mean() for edge in edges) > SOLID:
+                return inside
     return None
 
 
-def is_solid(part: Part) -> bool:
-    """Whether `part` fills half of its box, and nearly all of it near each of the four edges."""
-    rows = np.bincount(part.y - part.top)
-    columns = np.bincount(part.x - part.left)
-    is_wide = min(rows[2], rows[-3]) > SOLID * part.width
-    is_high = min(columns[2], columns[-3]) > SOLID * part.height
-    return bool(is_wide and is_high) and len(part.y) > part.height * part.width / 2
-
-
-# --- Parts ------------------------------------------------------------------------------------
+# --- Parts ---
 
 MIN_PIXELS = 4  # smaller parts are noise
 MAX_PARTS = 60  # so are more parts
@@ -399,6 +442,11 @@ class Part:
         height, width = image.shape
         return 0 < self.top and self.bottom < height and 0 < self.left and self.right < width
 
+    def is_cut(self, image: Tensor) -> bool:
+        """Whether half of the height of this part is at the left or right border of `image`."""
+        at_border = np.isin(self.x, (0, image.shape[1] - 1)).sum()
+        return bool(at_border > self.height / 2)
+
     def is_in_line(self, other: Part) -> bool:
         """Whether more than half of the height of the less high one is beside the other."""
         shared = min(self.bottom, other.bottom) - max(self.top, other.top)
@@ -408,8 +456,8 @@ class Part:
 def find_parts(depth: Tensor, level: float) -> list[Part]:
     """The parts of what is deeper than `level` in `depth` (H, W), the heaviest first.
 
-    Pixels that touch, also by corners, hang together. Each pixel starts with its own number. Those
-    that touch take the smaller of their numbers, until none differ.
+    Each pixel starts with its own number. Pixels that touch, also by corners, take the smaller of
+    their numbers, until none differ.
     """
     mask = F.pad(depth > level, [1] * 4).numpy()
     numbers = np.cumsum(mask).reshape(mask.shape) * mask
@@ -447,21 +495,25 @@ def typical_height(parts: list[Part]) -> int:
     return int(np.median(np.repeat([part.height for part in parts], pixels)))
 
 
-# --- Rows -------------------------------------------------------------------------------------
+# --- Rows ---
 
 MIN_CONTRAST = 0.03  # of the paper's brightness: fainter marks are paper
 INK_LEVEL = 1 / 3  # of the darkest ink's depth: fainter marks are shadow or noise
 FAINT = 1 / 2  # of that level: enough for ink that touches ink, so that light strokes do not break
 MIN_STEP = 0.4  # of the depth, from pixel to pixel: ink has edges, shadows and folds at most 0.3
-MIN_FREE = 0.003  # of the heaviest part's ink: a part of it, away from the border, is the digit
 ENCLOSED = 0.05  # of a part's ink: with as much inside, it is a frame; specks in a zero are less
 FLAT = 8  # times its own height: a part that is wider, and wider than digits are high, is a line
 MIN_HEIGHT = 1 / 2  # a lower part starts no row
+MAX_HEIGHT = 2  # a higher part is no digit of the row
+FRAME = 1.2  # a part that surrounds digits and is as high is a frame
+THICK = 2  # times the width of a digit's strokes: what is as wide is none
 NEAR = 1 / 2  # a small part belongs to a digit that is nearer than this
 
 
-def find_rows(depth: Tensor, pixel: int, faint: float = 1.0) -> list[list[Part]]:
-    """The ink in `depth` (H, W) that may be digits, as rows from the top.
+def find_rows(
+    depth: Tensor, pixel: int, faint: float = 1.0
+) -> tuple[list[list[Part]], list[Part]]:
+    """The ink in `depth` (H, W) that may be digits, as rows from the top, and the other parts.
 
     A pixel of the image is `pixel` pixels wide here. Ink that touches ink need be only `faint`
     times as deep.
@@ -478,44 +530,60 @@ def find_rows(depth: Tensor, pixel: int, faint: float = 1.0) -> list[list[Part]]
         if part.ink.max() > level
         and np.quantile(step[part.y, part.x], 0.9) > MIN_STEP * part.ink.max()
     ]
-    inner = [part for part in parts if part.is_off_border(depth)]
-    if not inner or inner[0].mass <= MIN_FREE * parts[0].mass:
-        inner = parts
-    marks = [part for part in inner if not is_frame(part, inner)]
-    return group_rows(marks, parts) if marks else []
+    inner = [part for part in parts if part.is_off_border(depth)] or parts
+    inside = [sum(other.mass for other in inner if other.is_inside(part)) for part in inner]
+    marks = [part for part, mass in zip(inner, inside) if mass <= ENCLOSED * part.mass]
+    rows = group_rows(marks, parts, depth) if marks else []
+    return rows, [part for part in parts if not any(part in row for row in rows)]
 
 
-def is_frame(part: Part, parts: list[Part]) -> bool:
-    """Whether other `parts`, with ink that counts, are inside of `part`."""
-    return sum(p.mass for p in parts if p.is_inside(part)) > ENCLOSED * part.mass
-
-
-def group_rows(marks: list[Part], parts: list[Part]) -> list[list[Part]]:
+def group_rows(marks: list[Part], parts: list[Part], image: Tensor) -> list[list[Part]]:
     """Rows from the top, of `marks` and of those other `parts` that stand in line with them."""
     height = typical_height(marks)
-    marks = [m for m in marks if m.width <= max(FLAT * m.height, height)] or marks  # no lines
+    marks = [m for m in marks if m.width <= max(FLAT * m.height, height)] or marks
     height = typical_height(marks)
     tall = [mark for mark in marks if mark.height >= MIN_HEIGHT * height]
     rows: list[list[Part]] = []
     for part in sorted(tall, key=lambda part: part.left):
-        two_strokes = len(tall) == 2 and rows and part.gap(rows[0][0]) < NEAR * height
-        near = [row for row in rows if two_strokes or part.is_in_line(row[-1])]
+        near = [row for row in rows if any(part.is_in_line(other) for other in row[-2:])]
+        if len(tall) == 2 and rows and is_split(*tall):
+            near = rows
         if near:
             max(near, key=lambda row: row[-1].right).append(part)
         else:
             rows.append([part])
     for part in parts:
-        if part in tall:
-            continue
-        row = min(rows, key=lambda row: min(part.gap(other) for other in row))
-        as_high = MIN_HEIGHT * height < part.height < 2 * height
-        is_digit = len(row) > 1 and as_high and part.width < 1.5 * height
-        if part in marks or (is_digit and part.is_in_line(min(row, key=part.gap))):
-            row.append(part)
+        if part not in tall:
+            row = min(rows, key=lambda row: min(part.gap(other) for other in row))
+            is_back = len(row) > 1 and not part.is_cut(image) and could_be_digit(part, row, image)
+            if part in marks or is_back:
+                row.append(part)
     return sorted(rows, key=lambda row: min(part.top for part in row))
 
 
-# --- Digits of a row --------------------------------------------------------------------------
+def is_split(a: Part, b: Part) -> bool:
+    """Whether two parts are one digit, as a 5 and its bar: near each other, and one is low."""
+    low, high = sorted([a.height, b.height])
+    return a.gap(b) < NEAR * high and low < LOW * high
+
+
+def could_be_digit(part: Part, row: list[Part], image: Tensor) -> bool:
+    """Whether `part` stands in line with a `row`, is about as high, and consists of strokes."""
+    height = typical_height(row)
+    surrounds = any(digit.is_inside(part) for digit in row)
+    highest = FRAME if surrounds else MAX_HEIGHT
+    if not MIN_HEIGHT * height < part.height < highest * height:
+        return False
+    is_thin = stroke_width([part], image) < THICK * stroke_width(row, image)
+    return is_thin and part.is_in_line(min(row, key=part.gap))
+
+
+def stroke_width(parts: list[Part], image: Tensor) -> float:
+    """The mean width of the strokes of `parts` in `image` (H, W), in pixels: 2 area / outline."""
+    return 2 * sum(len(part.y) for part in parts) / outline(mask_of(parts, image).float())
+
+
+# --- Digits of a row ---
 
 FINE = 80  # pixels: the height at which digits are cut out
 MAX_ZOOM = 16  # the most that the overview is enlarged
@@ -528,12 +596,12 @@ MAX_POINTS = 1500  # of a part are compared
 
 
 def cut_row(gray: Tensor, paper: Tensor, row: list[Part]) -> list[Tensor]:
-    """The digits of a `row` of the overview, from the left: uint8 (28, 28) each.
+    """The digits of a `row` of the overview `paper` (h, w), cut from `gray` (H, W), from the left.
 
-    They are cut from `gray` (H, W). `paper` (h, w) is that of the overview.
+    Each is uint8 (28, 28).
     """
     height = typical_height(row)
-    room = max(pixel_width(gray, paper), round(ROOM * height))
+    room = round(ROOM * height)
     top = max(0, min(part.top for part in row) - room)
     bottom = min(paper.shape[0], max(part.bottom for part in row) + room)
     left = max(0, min(part.left for part in row) - room)
@@ -558,9 +626,11 @@ def join_parts(parts: list[Part]) -> list[Part]:
     height = typical_height(parts)
     crack = CRACK * (1 if len(parts) > 2 else 2)  # two parts are more often one digit
     while len(parts) > 1:
-        pairs = [(i, j) for j in range(len(parts)) for i in range(j)]
-        distances = [distance_beyond(parts[i], parts[j], height, crack) for i, j in pairs]
-        distance, (i, j) = min(zip(distances, pairs))
+        distance, i, j = min(
+            (distance_beyond(a, b, height, crack), i, j)
+            for j, b in enumerate(parts)
+            for i, a in enumerate(parts[:j])
+        )
         if distance >= 0:
             break
         b = parts.pop(j)
@@ -571,9 +641,9 @@ def join_parts(parts: list[Part]) -> list[Part]:
 
 
 def distance_beyond(a: Part, b: Part, height: int, crack: float) -> float:
-    """How much farther apart the inks are than strokes of one digit, in pixels.
+    """How much farther apart two inks are than strokes of one digit, in pixels; one is below 0.
 
-    Below 0 they are one digit. `height` is a digit's, in pixels. `crack` is a share of it.
+    `height` is a digit's, in pixels. `crack` is a share of it.
     """
     shared = min(a.right, b.right) - max(a.left, b.left)
     low = min(a.height, b.height) / height
@@ -587,7 +657,7 @@ def distance_beyond(a: Part, b: Part, height: int, crack: float) -> float:
     return torch.cdist(*(torch.tensor(place).float() for place in places)).min().item() - near
 
 
-# --- MNIST's form -----------------------------------------------------------------------------
+# --- MNIST's form ---
 
 DIGIT_SIZE = 20  # MNIST's digits fit into 20 x 20 of the 28 x 28 pixels
 ZOOM = 3  # factor of the size at which a digit is prepared
@@ -618,7 +688,7 @@ def outline(ink: Tensor) -> float:
     return torch.hypot(ink.diff(dim=0)[:, 1:], ink.diff(dim=1)[1:]).sum().item()
 
 
-# --- Grids ------------------------------------------------------------------------------------
+# --- Grids ---
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
@@ -634,9 +704,17 @@ def fit_within(image: Tensor, side: int) -> Tensor:
 
 def dilate(image: Tensor, side: int) -> Tensor:
     """The maximum of (H, W) over a square of `side` pixels, an odd number, around each pixel."""
-    for _ in range(2):  # columns, then rows: for a large `side` twenty times as fast as max_pool2d
-        image = F.pad(image, [side // 2] * 2, value=-math.inf)
-        image = image.t().contiguous().unfold(0, side, 1).amax(2)
+    return dilate_along_y(dilate_along_y(image, side).t(), side).t()
+
+
+def dilate_along_y(image: Tensor, side: int) -> Tensor:
+    """The maximum of (H, W) over `side` pixels above, at and below each pixel."""
+    image = F.pad(image, [0, 0, side // 2, side // 2], value=-math.inf)
+    reach = 1  # of the maximum so far; it doubles
+    while reach < side:
+        step = min(reach, side - reach)
+        image = torch.maximum(image[:-step], image[step:])
+        reach += step
     return image
 
 

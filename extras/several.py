@@ -51,11 +51,11 @@ def run(args: argparse.Namespace, recipe: dict[str, Any], command: list[str]) ->
             failed = run_side_by_side(commands, args.jobs or jobs, recipe["epochs"], args.resume)
         except KeyboardInterrupt:
             print("\nStopped. Finished epochs are kept; the same command with --resume goes on.",
-                  file=sys.stderr)  # fmt: skip
+                  file=sys.stderr)
             return 130
     if failed:
         raise UserError(f"{', '.join(failed)} failed; see log.txt there, mend the cause, "
-                        "and the same command with --resume goes on")  # fmt: skip
+                        "and the same command with --resume goes on")
     summarize(args.out, list(commands), args.data_dir, device)
     return 0
 

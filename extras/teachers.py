@@ -29,7 +29,7 @@ def find(paths: Sequence[str], out: Path) -> list[str]:
         found += [run.resolve() for run in utils.find_runs(path)]
     if (out / "model.pt").resolve() in found or (out / "last.pt").resolve() in found:
         raise UserError(f"--teacher: this training would overwrite its teacher in {out}; "
-                        "choose another --out")  # fmt: skip
+                        "choose another --out")
     return list(map(str, found))
 
 
@@ -51,7 +51,7 @@ def make_loss(recipe: dict[str, Any], device: torch.device) -> Callable[..., Ten
         held_out = ("val_size", "folds", "fold")
         if any(recipe[name] not in (0, checkpoint["recipe"][name]) for name in held_out):
             utils.say("warning", f"{path} may know the images that are held out here: "
-                      "the validation accuracy will be too high")  # fmt: skip
+                      "the validation accuracy will be too high")
 
     def loss(logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad():

@@ -95,7 +95,7 @@ def run(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProces
         done = subprocess.run(
             [sys.executable, str(ROOT / script), *map(str, args)],
             cwd=cwd, env={**environment, **env}, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        )
         assert done.returncode == status, f"{done.args}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done

@@ -136,7 +136,7 @@ def make_loader(split: Split, variants: tuple | None = None, **settings: object)
 
 @pytest.mark.parametrize(("count", "sizes"), [
     (230, [64, 64, 64, 38]), (65, [64, 1]), (64, [64]), (1, [1]),
-])  # fmt: skip
+])
 def test_all_batches_but_the_last_are_full(split, count, sizes):
     loader = make_loader(split.select(slice(count)))
     for epoch in (0, 1):
@@ -246,7 +246,7 @@ def test_seeds_of_different_uses_differ():
 
 @pytest.mark.parametrize("settings", [
     {"val_size": 400}, {"folds": 4, "fold": 2}, {"train_size": 100, "val_size": 400},
-])  # fmt: skip
+])
 def test_splits_of_a_checkpoint_are_those_of_its_training(settings, data_dir):
     recipe = {**NO_SPLITS, **settings}
     everything = utils.load_mnist(data_dir, train=True, device=CPU)
@@ -313,7 +313,7 @@ def test_nine_looks_by_hand(trained, test_split):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_warp_is_torchvisions_affine_and_bends_by_pixels(seed):
+def test_warp_is_torchvisions_affine_and_shifts_by_pixels(seed):
     """Image by image, for random angle, translation, scale and both shears together."""
     g = torch.Generator().manual_seed(seed)
     images = torch.rand(16, 1, 28, 28, generator=g)
@@ -336,8 +336,8 @@ def test_augmentation_stays_in_its_ranges_and_fills_them(monkeypatch):
     monkeypatch.setattr(utils, "warp", lambda *arguments: seen.append(arguments))
     recipe = {**STILL, "rotation": 10, "scale": 0.1, "translate": 0.1, "elastic": 0.5}
     utils.augment(torch.zeros(5000, 1, 28, 28), recipe, torch.Generator().manual_seed(0))
-    ((_, matrices, bends, _),) = seen
-    assert bends.std() == pytest.approx(0.5, abs=0.01)
+    ((_, matrices, shifts, _),) = seen
+    assert shifts.std() == pytest.approx(0.5, abs=0.01)
     linear = matrices[:, :, :2]
     scale = 1 / torch.linalg.det(linear).sqrt()
     angle = torch.rad2deg(torch.atan2(linear[:, 0, 1], linear[:, 0, 0]))

@@ -124,7 +124,7 @@ EDITS = {
             ".onnx": "ONNX has no adaptive max pooling", ".html": "it is for ten digits of 28x28",
         },
     ),
-}  # fmt: skip
+}
 
 # In the copy, in one process: train, stop after an epoch and resume, measure, draw, export.
 DRIVER = """
@@ -193,7 +193,7 @@ def test_one_edit_is_enough(name, call, environment, tiny, tmp_path):
         [sys.executable, "-c", DRIVER, " ".join(exports), *COMMON, *edit.flags],
         cwd=tmp_path, env={**environment, "MNIST_DATA_DIR": str(data_dir)},
         capture_output=True, text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     statuses = {"train": 0, "stopped": 130, "resumed": 0, "measured": 0, "drawn": 0}

@@ -73,7 +73,7 @@ def start(written: Path, *args: object) -> subprocess.Popen:
         [sys.executable, "train.py", "--device", "cpu", *map(str, args)],
         cwd=ROOT, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     while not written.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -165,7 +165,7 @@ def test_a_full_disk_keeps_the_checkpoint(environment, trained, tmp_path):
     done = subprocess.run(
         [sys.executable, "train.py", "--epochs", "1", "--out", str(out)],
         cwd=ROOT, capture_output=True, text=True, env=environment, preexec_fn=limit,
-    )  # fmt: skip
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     last_line = done.stderr.splitlines()[-1]
     assert "cannot write" in last_line and "last.pt" in last_line

@@ -32,7 +32,7 @@ SPECIFIED = [
     ("Conv4", (12, 7, 7), (288, 12), 18, 4), ("BatchNorm4", (12, 7, 7), (24,), 18, 4),
     ("AdaptivePool", (12, 3, 3), (), 26, 8), ("FC1", (72,), (7776, 72), None, None),
     ("FC2", (10,), (720, 10), None, None),
-]  # fmt: skip
+]
 
 
 def test_layer_table_is_the_specifications():

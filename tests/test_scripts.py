@@ -148,7 +148,7 @@ def test_weight_of_the_files():
     limits = {
         91: five, 69: (ROOT / "extras").glob("*.py"), 128: (ROOT / "tests").glob("*.py"),
         12: [ROOT / "README.md"], 15: [ROOT / "extras" / "README.md"],
-    }  # fmt: skip
+    }
     for limit, files in limits.items():
         assert sum(path.stat().st_size for path in files) <= 1000 * limit, limit
     for path in (*five, *(ROOT / "extras").glob("*.py")):

@@ -188,7 +188,7 @@ def test_every_flag_changes_what_it_says_and_what_is_learnt(name, build, monkeyp
     changed = {
         part for part, value in before.items()
         if not (torch.equal(value, after[part]) if torch.is_tensor(value) else value == after[part])
-    }  # fmt: skip
+    }
     assert changed == {*expected, "trained"}
 
 

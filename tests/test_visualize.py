@@ -157,7 +157,7 @@ def test_raw_images(call, refuse, trained, monkeypatch):
 @pytest.mark.parametrize("names", [viz.NAMES, LONG])
 def test_names_of_classes_are_legible(names, net, reading, monkeypatch):
     monkeypatch.setattr(viz, "NAMES", names)
-    monkeypatch.setattr(viz, "LONG_NAMES", names is LONG)
+    monkeypatch.setattr(viz, "NAMES_ARE_LONG", names is LONG)
     monkeypatch.setattr(viz, "EXPLAINED", 3)
     least = {"probabilities": reading.probabilities[0].tolist(), "confidence": 0.5}
     report = {"path": "a", "number": names[9], "second_guess": names[2], "digits": [least]}
@@ -165,7 +165,7 @@ def test_names_of_classes_are_legible(names, net, reading, monkeypatch):
     for figure in (
         viz.plot_errors(reading, 20), viz.plot_explanations(net, reading), viz.plot_images(found),
         viz.plot_confusion(reading), viz.plot_filters(net, reading), viz.plot_doubts(reading),
-    ):  # fmt: skip
+    ):
         words = assert_legible(figure)
         assert any(name in words for name in names) and "digit" not in words
 
@@ -232,7 +232,7 @@ def test_training_curves(epochs, measured):
         {"epoch": i, "learning_rate": i - 1, "learning_rates": [i - 0.5, i], "train_loss": 1.5 / i,
          "train_losses": [2 / i, 1 / i], "train_accuracy": 1 - 0.2 / i, **val}
         for i in e.tolist()
-    ]  # fmt: skip
+    ]
     metrics = {"test_loss": 0.02, "test_accuracy": 0.995} if measured else {}
     figure = viz.plot_history(history, metrics)
     words = assert_legible(figure)
