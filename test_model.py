@@ -125,9 +125,12 @@ def main(argv: list[str] | None = None) -> int:
     model, checkpoint = utils.load_model(args.checkpoint, device)
     failed = 0
     if args.export:
-        from extras.export import export
+        from extras import export
 
-        note = export(model, args.export, checkpoint)
+        if args.export.suffix == ".onnx":
+            note = export.export_onnx(model, args.export)
+        else:
+            note = export.export_page(model, args.export, checkpoint)
         print(f"Wrote {args.export}: {note}")
         return 0
     if args.images:

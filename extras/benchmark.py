@@ -3,17 +3,15 @@
 All are timed in turns, alone and beside a process that keeps one core busy.
 """
 
-from __future__ import annotations
-
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from subprocess import DEVNULL, Popen
 
 import torch
 from torch import nn
@@ -28,13 +26,13 @@ import utils
 from extras import several
 
 THREADS = torch.get_num_threads()  # PyTorch's default, before run_script sets 1
-IMAGES = 6400  # that the plain way trains on, and an epoch of train.py
+IMAGES = 6400  # in each timed pass of either
 NORMALIZE = transforms.Normalize(0.1307, 0.3081)
 AFFINE = transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=10)
 
 
 def plain_network() -> nn.Sequential:
-    """The same network as usually written."""
+    """The specification's network as usually written."""
 
     def block(c_in: int, c_out: int, kernel: int, pool: nn.Module, p: float) -> list[nn.Module]:
         conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
@@ -81,32 +79,20 @@ def plain_way(workers: int, threads: int) -> float:
     batches = iter(plain_loader(workers))
     model = plain_network()
     optimizer = plain_optimizer(model)
-    plain_epoch(model, optimizer, islice(batches, 16))  # the workers' first
+    plain_epoch(model, optimizer, islice(batches, 16))  # warm-up
     start = time.perf_counter()
     plain_epoch(model, optimizer, islice(batches, IMAGES // 64))
     return IMAGES / (time.perf_counter() - start)
 
 
-def train_py(threads: int = 1, runs: int = 1) -> float:
-    """Images per second of `runs` processes of train.py at the same time.
-
-    The first epoch of each warms up. They go on until each has trained its third.
-    """
-    flags = f"--data-dir data --device cpu --threads {threads} --train-size {IMAGES} --epochs 10"
-    command = [sys.executable, "train.py", *flags.split(), "--out"]
-    histories = [[]]
+def train_py(*flags: str) -> float:
+    """Images per second of train.py, or of two processes of it; the first epoch warms up."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, str(run), "last.pt") for run in range(runs)]
-        running = [Popen([*command, f.parent], cwd=ROOT, stdout=DEVNULL) for f in files]
-        try:
-            while min(map(len, histories)) < 3 and all(p.poll() is None for p in running):
-                time.sleep(1)
-                histories = [torch.load(f)["history"] if f.exists() else [] for f in files]
-        finally:
-            for process in running:
-                process.kill()
-                process.wait()
-    return sum(IMAGES / statistics.mean(e["seconds"] for e in h[1:]) for h in histories)
+        fixed = f"--data-dir data --device cpu --train-size {IMAGES} --epochs 4 --out {folder}"
+        command = [sys.executable, "train.py", *fixed.split(), *flags]
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+        runs = [torch.load(path)["history"] for path in utils.find_runs(Path(folder))]
+    return sum(IMAGES / statistics.mean(e["seconds"] for e in run[1:]) for run in runs)
 
 
 PLAIN = f"plain way: 2 workers, {THREADS} threads"
@@ -115,10 +101,10 @@ CONTENDERS = {
     PLAIN: lambda: plain_way(2, THREADS),
     FASTEST: lambda: plain_way(1, 1),
     "`train.py`": train_py,
-    "`train.py --threads 2`": lambda: train_py(threads=2),
-    "`train.py --runs 2`": lambda: train_py(runs=2),
+    "`train.py --threads 2`": lambda: train_py("--threads", "2"),
+    "`train.py --runs 2`": lambda: train_py("--runs", "2", "--jobs", "2"),
 }
-SPIN = "import os; me = os.getppid()\nwhile os.getppid() == me: pass"
+SPIN = "import os; me = os.getppid()\nwhile os.getppid() == me: pass"  # ends with its parent
 
 
 def main() -> None:
@@ -128,13 +114,13 @@ def main() -> None:
 
     rates = {(name, is_busy): [] for is_busy in (False, True) for name in CONTENDERS}
     for name, is_busy in tqdm(list(rates) * repeats, disable=None):
-        neighbour = Popen([sys.executable, "-c", SPIN if is_busy else ""])
+        neighbour = subprocess.Popen([sys.executable, "-c", SPIN if is_busy else ""])
         rates[name, is_busy].append(CONTENDERS[name]())
         neighbour.kill()
         neighbour.wait()
     cpu = f"{several.available_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
     print(f"{cpu}; torch {torch.__version__}; medians of {repeats}\n")
-    print("| training | images/s | × plain | × its fastest | one core busy | × plain |")
+    print("| training | images/s | × plain | × fastest plain | one core busy | × plain |")
     print("|---|---:|---:|---:|---:|---:|")
     median = {turn: statistics.median(found) for turn, found in rates.items()}
     for name in CONTENDERS:

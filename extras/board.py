@@ -1,7 +1,5 @@
 """`train.py --tensorboard`: curves, images and hyperparameters."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -10,42 +8,31 @@ from utils import UserError
 
 
 class Board:
-    """What TensorBoard shows of one training.
-
-    Args:
-        folder: of the event files.
-        run: of train.py; a batch of its training images is written.
-
-    Raises UserError if the package is missing, or `folder` cannot be written.
-    """
+    """Writes a `run` of train.py into `folder` for TensorBoard; UserError if that fails."""
 
     def __init__(self, folder: Path, run: Any) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError("--tensorboard needs a package: pip install tensorboard") from error
-        epochs = len(run.history)
+        epoch = len(run.history)
         with utils.writing(folder):
-            # purge_step hides later epochs of an earlier training into the same folder.
-            self.writer = SummaryWriter(str(folder), purge_step=epochs + 1)
-        images, _, _ = next(run.loader.batches(epochs))
-        self.writer.add_images("augmented images", images.clamp(0, 1))
+            # purge_step hides what an earlier training into the folder wrote from here on.
+            self.writer = SummaryWriter(str(folder), purge_step=epoch + 1)
+        images, _, _ = next(run.loader.batches(epoch))
+        self.writer.add_images("augmented images", images)
 
     def log_epoch(self, entry: dict[str, Any]) -> None:
-        """Write an entry of the history. Training and validation share the charts."""
+        """Write the numbers of an entry of the history, in sections for loss and accuracy."""
         for name, value in entry.items():
-            if isinstance(value, list):
-                continue
-            part, _, rest = name.partition("_")
-            chart = f"{rest}/{part}" if part in ("train", "val") else name
-            self.writer.add_scalar(chart, value, entry["epoch"])
+            if isinstance(value, float):
+                part, _, rest = name.partition("_")
+                chart = f"{rest}/{part}" if part in ("train", "val") else name
+                self.writer.add_scalar(chart, value, entry["epoch"])
 
     def finish(self, recipe: dict[str, Any], metrics: dict[str, float]) -> None:
         """Write the hyperparameters with the final accuracies."""
-        settings = {
-            name: str(value) if isinstance(value, list) else value
-            for name, value in recipe.items()
-        }
+        settings = {k: str(v) if isinstance(v, list) else v for k, v in recipe.items()}
         finals = {f"final/{name}": value for name, value in metrics.items()}
         self.writer.add_hparams(settings, finals, run_name=".")
         self.writer.close()

@@ -18,7 +18,7 @@ ROWS = {**several.TITLES, "val_loss": "Validation loss", "test_loss": "Test loss
 def load_pairs(before: Path, after: Path) -> list[list[dict[str, Any]]]:
     """The checkpoints of the runs that have the same name in both folders.
 
-    Raises UserError if there are fewer than two, or other images were held out.
+    Raises UserError if there are fewer than two, or their images differ.
     """
     paths = [{path.parent.name: path for path in utils.find_runs(out)} for out in (before, after)]
     names = sorted(paths[0].keys() & paths[1].keys())
@@ -29,6 +29,8 @@ def load_pairs(before: Path, after: Path) -> list[list[dict[str, Any]]]:
         for name in ("train_size", "val_size", "folds"):
             if a["recipe"][name] != b["recipe"][name]:
                 raise UserError(f"{a['path']} and {b['path']} have another {name}")
+        if a["data_crc"] != b["data_crc"]:
+            raise UserError(f"{a['path']} and {b['path']} are of different data")
     return pairs
 
 
@@ -41,20 +43,21 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     pairs = load_pairs(args.before, args.after)
-    lines = [f"{f'{len(pairs)} pairs':24}    before     after   difference"]
-    for name, title in ROWS.items():
-        if name.startswith("test") and not args.test:
-            continue
-        try:
-            a, b = zip(*([run["metrics"][name] for run in pair] for pair in pairs))
-        except KeyError as error:
-            raise UserError(f"no {title}: train with --val-size; folds have none") from error
-        found = several.statistics_of([after - before for before, after in zip(a, b)])
+    metrics = [run["metrics"] for pair in pairs for run in pair]
+    measured = [name for name in ROWS if all(name in its for its in metrics)]
+    if not args.test:
+        measured = [name for name in measured if name.startswith("val")]
+    if not measured:
+        raise UserError("these runs held out no images: train with --val-size or --folds")
+    print(f"{len(pairs)} pairs".ljust(24) + "    before     after   difference")
+    for name in measured:
+        before, after = zip(*([run["metrics"][name] for run in pair] for pair in pairs))
+        found = several.statistics_of([y - x for x, y in zip(before, after)])
         form = ".5f" if "loss" in name else ".3%"
+        means = (f"{sum(values) / len(values):10{form}}" for values in (before, after))
         verdict = "" if abs(found["mean"]) > 2 * found["sem"] else "  no difference"
-        lines.append(f"{title:24}{sum(a) / len(a):10{form}}{sum(b) / len(b):10{form}}"
-                     f"   {found['mean']:+{form}} ± {found['sem']:{form}}{verdict}")
-    print("\n".join(lines))
+        difference = f"{found['mean']:+{form}} ± {found['sem']:{form}}{verdict}"
+        print(f"{ROWS[name]:24}{''.join(means)}   {difference}")
 
 
 if __name__ == "__main__":

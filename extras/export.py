@@ -1,7 +1,5 @@
 """Export: ONNX, and the page to draw digits on."""
 
-from __future__ import annotations
-
 import base64
 import copy
 import json
@@ -10,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import utils
@@ -19,13 +17,6 @@ from model import ACTIVATIONS, CLASS_NAMES, IMAGE_SIZE, PRETRAINED, Net, kernel_
 from utils import UserError
 
 PAGE = utils.ROOT / "assets" / "draw.html"
-
-
-def export(model: Net, path: Path, checkpoint: dict[str, Any]) -> str:
-    """Write `model`, of `checkpoint`, to `path`, .onnx or .html; returns a remark."""
-    if path.suffix == ".onnx":
-        return export_onnx(model, path)
-    return export_page(model, path, checkpoint)
 
 
 def export_onnx(model: Net, path: Path) -> str:
@@ -39,9 +30,13 @@ def export_onnx(model: Net, path: Path) -> str:
     except ImportError as error:
         raise UserError("ONNX needs packages: pip install onnx onnxscript") from error
     images = torch.rand(3, 1, IMAGE_SIZE, IMAGE_SIZE)
-    exported = with_fixed_windows(model, images)
-    if not torch.allclose(exported(images), model(images), atol=1e-5):
-        raise UserError("not exported: ONNX lacks adaptive max pooling")
+    exported = copy.deepcopy(model)
+    if isinstance(getattr(model, "pool", None), nn.AdaptiveMaxPool2d):  # which ONNX lacks
+        x = model.blocks(images)
+        kernel, stride = kernel_and_stride(model.pool, x.shape[-1], model.pool(x).shape[-1])
+        exported.pool = nn.MaxPool2d(kernel, stride)
+        if not torch.allclose(exported.pool(x), model.pool(x)):
+            raise UserError("not exported: ONNX has no adaptive pool with uneven windows")
     with utils.atomic_write(path) as temporary:
         try:
             torch.onnx.export(
@@ -63,34 +58,17 @@ def export_onnx(model: Net, path: Path) -> str:
     return "checked with onnxruntime, the logits are the same"
 
 
-def with_fixed_windows(model: nn.Module, images: Tensor) -> nn.Module:
-    """A copy of `model` that has max pools instead of adaptive ones, with the same windows."""
-    model = copy.deepcopy(model)
-    windows = {}  # of each pool: kernel and stride
-
-    def look(pool: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        windows[pool] = kernel_and_stride(pool, inputs[0].shape[-1], output.shape[-1])
-
-    for module in model.modules():
-        if isinstance(module, nn.AdaptiveMaxPool2d):
-            module.register_forward_hook(look)
-    model(images)
-    for name, module in list(model.named_modules()):
-        if module in windows:
-            model.set_submodule(name, nn.MaxPool2d(*windows[module]))
-    return model
-
-
 def export_page(model: Net, path: Path, checkpoint: dict[str, Any]) -> str:
-    """Write assets/draw.html with `model` in it; UserError if the page has no such layers.
+    """Write assets/draw.html with `model` in it; UserError if the page lacks its layers.
 
     The page itself refuses a network whose logits it cannot repeat.
     """
     page = PAGE.read_bytes().decode()
-    digit = re.search('"digit": "(.*?)"', page)[1]
+    digit = re.search('"digit": "(.*?)"', page)[1]  # 784 bytes in base64
     constants = {k: v for k, v in vars(photos).items() if isinstance(v, (int, float))}
+    constants["SURE"] = utils.SURE
     network = {**page_network(model, page, digit), "handwriting": handwriting(checkpoint)}
-    for name, part in (("network", network), ("constants", {**constants, "SURE": utils.SURE})):
+    for name, part in (("network", network), ("constants", constants)):
         tag = f'<script id="{name}" type="application/json">'
         page = re.sub(f"{tag}.*", f"{tag}{json.dumps(part)}</script>", page)
     with utils.atomic_write(path) as temporary:
@@ -110,9 +88,9 @@ def handwriting(checkpoint: dict[str, Any]) -> str:
 
 
 def page_network(model: Net, page: str, digit: str) -> dict[str, Any]:
-    """`model` as `page` reads it, with its logits for `digit`, 784 bytes in base64.
+    """`model` as `page` reads it, with its logits for `digit`.
 
-    In float64, so that rounded numbers are the same on each processor.
+    In float64, so that the file is the same on each processor.
     """
     model = copy.deepcopy(model).cpu().double().requires_grad_(False)
     image = torch.tensor(list(base64.b64decode(digit))).view(1, 1, 28, 28).double() / 255
@@ -130,7 +108,7 @@ def page_network(model: Net, page: str, digit: str) -> dict[str, Any]:
         ]
         layers = [fuse_conv_bn_eval(b.conv, b.norm) for b in model.blocks] + [model.fc1, model.fc2]
         weights = torch.cat([p.flatten() for layer in layers for p in (layer.weight, layer.bias)])
-    except (AttributeError, AssertionError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         needs = "blocks of convolution, batch normalisation, max pooling and activation"
         raise UserError(f"{PAGE.name} cannot run this network, only {needs}: {error}") from error
     return {

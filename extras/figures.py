@@ -3,8 +3,6 @@
 For `accuracy` and `size` it trains for hours into checkpoints/, and uses what is already there.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -49,14 +47,11 @@ def plot_variants() -> Figure:
     """Zeros, ones, sevens and nines of MNIST, and the same with what extras/variants.py draws."""
     digits = utils.load_mnist(ROOT / "data", train=True, device=CPU)
     drawn, probability = draw_variants(digits, seed=0)
-    ink = digits.images.float()
-    added = (drawn - ink).clamp(min=0).sum((1, 2, 3)) / ink.sum((1, 2, 3))
     figure = Figure(figsize=(11, 8.4), layout="constrained")
     title = "Slashes through zeros, flags on ones (some with a base), bars through sevens, tails"
     figure.suptitle(f"{title} under nines", x=0.01, ha="left")
     for axis, digit in zip(figure.subplots(len(PROBABILITY)), PROBABILITY):
-        is_clear = (digits.labels == digit) & (probability > 0) & (added > 0.4)
-        chosen = is_clear.nonzero().squeeze(1)[:12]
+        chosen = ((digits.labels == digit) & (probability > 0)).nonzero().squeeze(1)[:12]
         pairs = torch.cat([digits.images[chosen], drawn[chosen]])
         axis.imshow(make_grid(pairs, nrow=12, padding=1, pad_value=50)[0], cmap="Greys")
         axis.set(xticks=[], yticks=[15, 44], yticklabels=["MNIST", "drawn"])
@@ -65,7 +60,7 @@ def plot_variants() -> Figure:
     return figure
 
 
-def train_py(out: Path, runs: int, *flags: object) -> tuple[float, np.ndarray]:
+def train(out: Path, runs: int, *flags: object) -> tuple[float, np.ndarray]:
     """Seconds of the fastest epoch of train.py, and test accuracies in percent (runs, 2).
 
     Each run has two, with one look and with nine. Trains those that are not in `out`.
@@ -74,7 +69,7 @@ def train_py(out: Path, runs: int, *flags: object) -> tuple[float, np.ndarray]:
     command = [sys.executable, "train.py", *map(str, flags)]
     if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
         raise utils.UserError(f"train.py failed; if {out} is of another recipe, delete it")
-    found = [utils.load_checkpoint(out / f"seed-{seed}") for seed in range(runs)]
+    found = [utils.load_checkpoint(run) for run in utils.find_runs(out)]
     metrics = [run["metrics"] for run in found]
     accuracies = [[100 * m["test_accuracy"], 100 * m["test_tta_accuracy"]] for m in metrics]
     return min(e["seconds"] for run in found for e in run["history"]), np.array(accuracies)
@@ -107,7 +102,7 @@ def chart(title: str, x: list[float], accuracies: list[np.ndarray]) -> Axes:
 
 
 def with_legend(axis: Axes, ticks: list[int]) -> Figure:
-    """The figure of `axis`, with `ticks` along x only, and a legend."""
+    """The figure of `axis`, with a legend, and only `ticks` along x."""
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axis.set_xticks([], minor=True)
     axis.figure.legend(loc="outside lower center", ncols=2)
@@ -120,11 +115,12 @@ def plot_size() -> Figure:
     accuracies = []
     for size, epochs in SIZES.items():
         flags = ("--train-size", size, "--epochs", epochs)
-        _, of_size = train_py(RUNS / f"size/{size}", SIZE_SEEDS, *flags)
+        _, of_size = train(RUNS / f"size/{size}", SIZE_SEEDS, *flags)
         accuracies.append(of_size)
         print_row(f"{size:,}", epochs, of_size)
     axis = chart("Test accuracy over the number of images", list(SIZES), accuracies)
     axis.set_xlabel("training images")
+    # The error on a logarithmic scale.
     axis.set_yscale("function", functions=(lambda y: -np.log(100 - y), lambda z: 100 - np.exp(-z)))
     axis.set(yticks=[90, 95, 98, 99, 99.5], ylim=(90, 99.8))
     return with_legend(axis, list(SIZES))
@@ -140,16 +136,16 @@ def examples_network() -> nn.Sequential:
 
 
 SCALED = transforms.RandomAffine(10, scale=(0.9, 1.1))
-LOGGED = np.interp(range(1, 21), [1, 5, 10, 15], [0.005, 0.0035, 0.0015, 0.00075])  # its log's
+RATES = np.interp(range(1, 21), [1, 5, 10, 15], [0.005, 0.0035, 0.0015, 0.00075])  # of its log
 PLAIN_WAYS = {  # network, augmentation, and the rate of each epoch
-    "the specification's recipe from 0.005": (benchmark.plain_network, SCALED, LOGGED),
-    "the specification's recipe from 0.015": (benchmark.plain_network, SCALED, 3 * LOGGED),
+    "the specification's recipe from 0.005": (benchmark.plain_network, SCALED, RATES),
+    "the specification's recipe from 0.015": (benchmark.plain_network, SCALED, 3 * RATES),
     "pytorch-examples, mnist": (examples_network, nn.Identity(), 0.7 ** np.arange(14)),
 }
 
 
 def train_the_plain_way(name: str, seed: int) -> tuple[float, float]:
-    """Seconds, as in `plot_accuracy`, and the test accuracy in percent."""
+    """Seconds (epochs times the fastest one), and the test accuracy in percent."""
     path = RUNS / f"accuracy/{name}, seed {seed}.json"
     if not path.exists():
         network, augment, rates = PLAIN_WAYS[name]
@@ -173,15 +169,12 @@ def train_the_plain_way(name: str, seed: int) -> tuple[float, float]:
 
 
 def plot_accuracy() -> Figure:
-    """Test accuracy over seconds of training; prints a table.
-
-    The seconds are the epochs times the fastest one: hours are never undisturbed.
-    """
+    """Test accuracy over seconds of training; prints a table."""
     print(f"| training | seconds | {HEAD}")
     times = []
     accuracies = []
     for epochs in EPOCHS:
-        fastest, found = train_py(RUNS / f"accuracy/epochs-{epochs}", SEEDS, "--epochs", epochs)
+        fastest, found = train(RUNS / f"accuracy/epochs-{epochs}", SEEDS, "--epochs", epochs)
         times.append(epochs * fastest)
         accuracies.append(found)
         print_row(f"`train.py --epochs {epochs}`", epochs * fastest, found)
@@ -190,11 +183,13 @@ def plot_accuracy() -> Figure:
     for epochs, x, found in zip(EPOCHS, times, accuracies):
         axis.text(x, found[:, 1].mean() + 0.015, epochs, ha="center")
     for name, marker in zip(PLAIN_WAYS, "v^s"):
-        found = np.array([train_the_plain_way(name, seed) for seed in range(PLAIN_SEEDS)])
-        x = found[:, 0].min()
-        print_row(name, x, found[:, 1:])
-        y = found[:, 1].mean()
-        axis.errorbar(x, y, found[:, 1].std(ddof=1), fmt=marker, color="0.15", label=name)
+        runs = [train_the_plain_way(name, seed) for seed in range(PLAIN_SEEDS)]
+        seconds, accuracy = np.array(runs).T
+        print_row(name, seconds.min(), accuracy[:, None])
+        std = accuracy.std(ddof=1)
+        axis.errorbar(
+            seconds.min(), accuracy.mean(), std, fmt=marker, color="0.15", label=name
+        )
     axis.axhline(99.42, color="0.7", linestyle="--", label="the specification's own figure")
     axis.set_xlabel("seconds of training; the numbers are epochs")
     return with_legend(axis, [15, 30, 60, 120, 300, 600, 1200])
@@ -208,8 +203,10 @@ def main() -> None:
     parser.add_argument("name", choices=FIGURES)
     args = parser.parse_args()
     path = ROOT / "assets" / f"{args.name}.png"
-    with matplotlib.rc_context(STYLE), utils.atomic_write(path) as temporary:
-        FIGURES[args.name]().savefig(temporary, format="png")
+    with matplotlib.rc_context(STYLE):
+        figure = FIGURES[args.name]()
+        with utils.atomic_write(path) as temporary:
+            figure.savefig(temporary, format="png")
     print(f"\nWrote {path}")
 
 

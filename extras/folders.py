@@ -1,7 +1,5 @@
 """A folder of pictures as the data set: DIR/train/LABEL/*.png and DIR/test/LABEL/*.png."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -21,27 +19,30 @@ TEST = ("test", "testing")
 def load(data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
     """The training or the test images, uint8 (N, H, W), and their labels, int64 (N,).
 
-    UserError if there are none or too many classes, or a picture does not fit.
+    UserError for no images, too many classes, or a picture that does not fit.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     labels = {name: label for label, name in enumerate(class_names(data_dir))}
+    parts = TRAIN if train else TEST
     samples = []  # (path, label), in the same order on each machine
-    for part in TRAIN if train else TEST:
+    for part in parts:
         samples += make_dataset(data_dir / part, labels, IMG_EXTENSIONS, allow_empty=True)
     if not samples:
-        raise UserError(f"{data_dir} has no {TRAIN[0] if train else TEST[0]} pictures")
+        raise UserError(f"{data_dir} has no {parts[0]} pictures")
     bar = tqdm(samples, f"Reading {data_dir}", leave=False, delay=2, disable=None)
     images = np.stack([read(path) for path, _ in bar])
     return torch.from_numpy(images), torch.tensor([label for _, label in samples])
 
 
 def class_names(data_dir: Path) -> list[str]:
-    """The names of all LABEL folders, sorted; numbers in numeric order."""
+    """CLASS_NAMES if they hold the LABEL folders, else these, sorted; numbers in their order."""
     paths = [path for part in TRAIN + TEST for path in (data_dir / part).glob("[!.]*")]
     names = sorted({path.name for path in paths if path.is_dir()})
     if len(names) > len(CLASS_NAMES):
         raise UserError(f"{data_dir} has {len(names)} classes: edit CLASS_NAMES in model.py")
+    if set(names) <= set(CLASS_NAMES):
+        return list(CLASS_NAMES)
     return sorted(names, key=int) if all(map(str.isdecimal, names)) else names
 
 

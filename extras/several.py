@@ -1,7 +1,5 @@
 """Several trainings side by side, and their statistics: `train.py --runs` and `--folds`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics
@@ -28,34 +26,37 @@ TITLES = {
 def run(args: argparse.Namespace, recipe: dict[str, Any], command: list[str]) -> int:
     """Run `command`, of train.py, once for each seed or fold, several at a time; then summarise.
 
-    Returns the exit status. Raises UserError if one fails, or cannot be resumed by `recipe`.
+    Returns the exit status. Raises UserError if one fails, or if it has another recipe.
     """
     if recipe["folds"]:
-        flags = {f"fold-{k}": ["--fold", k] for k in range(1, recipe["folds"] + 1)}
+        flags = {f"fold-{k}": f"--fold {k}" for k in range(1, recipe["folds"] + 1)}
     else:
         seeds = range(recipe["seed"], recipe["seed"] + args.runs)
-        flags = {f"seed-{seed}": ["--runs", 1, "--seed", seed] for seed in seeds}
+        flags = {f"seed-{seed}": f"--runs 1 --seed {seed}" for seed in seeds}
     commands = {}
     for name, its_flags in flags.items():
         folder = args.out / name
-        its_flags += ["--out", folder]
+        # Of two equal flags the last one counts.
+        commands[folder] = [*command, *its_flags.split(), "--out", str(folder)]
         if args.tensorboard:
-            its_flags += ["--tensorboard", args.tensorboard / args.out.name]
-        commands[folder] = [*command, *map(str, its_flags)]  # of two equal flags the last counts
+            board = args.tensorboard / args.out.resolve().name
+            commands[folder] += ["--tensorboard", str(board)]
         if args.resume:
             check_resumable(folder, recipe)
     device = utils.choose_device(args.device)
-    jobs = max(1, available_cores() // recipe["threads"]) if device.type == "cpu" else 1
+    jobs = args.jobs or 1
+    if not args.jobs and device.type == "cpu":
+        jobs = max(1, available_cores() // recipe["threads"])
     with utils.locked(args.out):
         try:
-            failed = run_side_by_side(commands, args.jobs or jobs, recipe["epochs"], args.resume)
+            failed = run_side_by_side(commands, jobs, recipe["epochs"], args.resume)
         except KeyboardInterrupt:
             print("\nStopped. Finished epochs are kept; the same command with --resume goes on.",
                   file=sys.stderr)
             return 130
     if failed:
-        raise UserError(f"{', '.join(failed)} failed; see log.txt there, mend the cause, "
-                        "and the same command with --resume goes on")
+        raise UserError(f"{', '.join(failed)} failed: see log.txt there; once the cause is mended, "
+                        "the same command with --resume goes on")
     summarize(args.out, list(commands), args.data_dir, device)
     return 0
 
@@ -64,22 +65,17 @@ def check_resumable(folder: Path, recipe: dict[str, Any]) -> None:
     """UserError if `folder` holds a run of another recipe than `recipe`, but for seed and fold."""
     for path in (folder / "last.pt", folder / "model.pt"):
         if path.exists():
-            its_own = {name: recipe[name] for name in ("seed", "fold")}
-            utils.check_same(path, {**utils.load_checkpoint(path)["recipe"], **its_own}, recipe)
+            may_differ = {name: recipe[name] for name in ("seed", "fold")}
+            stored = {**utils.load_checkpoint(path)["recipe"], **may_differ}
+            utils.check_same(path, stored, recipe)
             return
 
 
 def available_cores() -> int:
-    """Cores that this process may use: its affinity, or less where a container has a quota."""
-    cores = os.cpu_count() or 1
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    quota_file = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2
-    if quota_file.exists():
-        quota, period = quota_file.read_text().split()
-        if quota != "max":
-            cores = max(1, min(cores, int(quota) // int(period)))
-    return cores
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def run_side_by_side(
@@ -87,8 +83,8 @@ def run_side_by_side(
 ) -> list[str]:
     """Run the command of each folder, `jobs` at a time, with its output in the folder's log.txt.
 
-    To `resume` adds to the logs. Returns the names of the folders whose command failed. An
-    interrupt also ends the commands that still run.
+    With `resume` it appends to the logs. Returns the names of the folders whose command failed.
+    An interrupt also ends the commands that still run.
     """
     waiting = list(commands)
     running = {}
@@ -101,7 +97,7 @@ def run_side_by_side(
                 running[folder] = start(commands[folder], folder / "log.txt", resume)
             time.sleep(0.2)
             started = [folder for folder in commands if folder not in waiting]
-            bar.n = sum(log_text(folder).count("\nTrain Loss: ") for folder in started)
+            bar.n = sum(log_text(folder).count("\nTrain Loss: ") for folder in started)  # epochs
             bar.refresh()
             for folder in list(running):
                 status = running[folder].poll()
@@ -139,10 +135,7 @@ def summarize(out: Path, folders: list[Path], data_dir: Path, device: torch.devi
     For seeds that includes the accuracy of the ensemble: the mean of the networks' probabilities.
     """
     loaded = [utils.load_model(folder / "model.pt", device) for folder in folders]
-    runs = [
-        {"run": folder.name, **checkpoint["metrics"]}
-        for folder, (_, checkpoint) in zip(folders, loaded)
-    ]
+    runs = [{"run": run["path"].parent.name, **run["metrics"]} for _, run in loaded]
     _, first = loaded[0]
     results: dict[str, Any] = {"recipe": first["recipe"], "runs": runs}
     columns = {name: title for name, title in TITLES.items() if name in runs[0]}
@@ -161,17 +154,17 @@ def summarize(out: Path, folders: list[Path], data_dir: Path, device: torch.devi
     if "test_accuracy" in columns:
         split = utils.load_mnist(data_dir, train=False, device=device)
         for name, tta in (("test_accuracy", False), ("test_tta_accuracy", True)):
-            answers = [utils.predict(model, split.images, tta).softmax(1) for model, _ in loaded]
-            mean = torch.stack(answers).mean(0)
-            accuracy = utils.measure(mean.log(), split.labels)["accuracy"]
+            each = [utils.predict(model, split.images, tta).softmax(1) for model, _ in loaded]
+            mean = torch.stack(each).mean(0)
+            accuracy = utils.measure(mean, split.labels)["accuracy"]
             results[f"ensemble_{name}"] = accuracy
             print(f"{TITLES[name]}, ensemble of the {len(runs)} networks: {accuracy:.2%}")
     utils.write_json(out / "runs.json", results)
 
 
 def statistics_of(values: list[float]) -> dict[str, float]:
-    """Mean, sample standard deviation, standard error of the mean, minimum, maximum, number."""
-    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    """Mean, sample standard deviation, its standard error, minimum, maximum and number."""
+    std = statistics.stdev(values)
     return {
         "mean": statistics.fmean(values),
         "std": std,

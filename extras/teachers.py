@@ -1,7 +1,5 @@
 """Distillation (Hinton et al., 2015): a training that also learns from other networks."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +26,7 @@ def find(paths: Sequence[str], out: Path) -> list[str]:
             raise UserError(f"the teacher {path} is not there; name its place with --teacher")
         found += [run.resolve() for run in utils.find_runs(path)]
     if (out / "model.pt").resolve() in found or (out / "last.pt").resolve() in found:
-        raise UserError(f"--teacher: this training would overwrite its teacher in {out}; "
-                        "choose another --out")
+        raise UserError(f"{out} holds a --teacher of this training; choose another --out")
     return list(map(str, found))
 
 
@@ -41,21 +38,21 @@ def checksums(paths: Sequence[str]) -> list[int]:
 def make_loss(recipe: dict[str, Any], device: torch.device) -> Callable[..., Tensor]:
     """The loss of logits (B, 10), labels (B,) and images (B, 1, 28, 28): a number.
 
-    A weighted mean of the cross-entropy with the labels and of that with the teachers' mean
-    probabilities, at temperature 1.
+    (1 - WEIGHT) * cross-entropy with the labels + WEIGHT * cross-entropy with the teachers' mean
+    probabilities (temperature 1).
     """
     teachers = []
     for path in recipe["teacher"]:
         teacher, checkpoint = utils.load_model(path, device)
         teachers.append(teacher)
-        held_out = ("val_size", "folds", "fold")
-        if any(recipe[name] not in (0, checkpoint["recipe"][name]) for name in held_out):
+        its = checkpoint["recipe"]
+        if any(recipe[n] and recipe[n] != its[n] for n in ("val_size", "folds", "fold")):
             utils.say("warning", f"{path} may know the images that are held out here: "
                       "the validation accuracy will be too high")
 
     def loss(logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad():
-            answers = torch.stack([teacher(images).softmax(1) for teacher in teachers]).mean(0)
-        return torch.lerp(F.cross_entropy(logits, labels), F.cross_entropy(logits, answers), WEIGHT)
+            soft = torch.stack([teacher(images).softmax(1) for teacher in teachers]).mean(0)
+        return torch.lerp(F.cross_entropy(logits, labels), F.cross_entropy(logits, soft), WEIGHT)
 
     return loss

@@ -119,7 +119,7 @@ def test_the_plain_way_trains_as_many_parameters():
 @pytest.mark.parametrize("name", ["accuracy", "size"])
 def test_figures_are_drawn_and_told(name, tmp_path, monkeypatch, capsys):
     accuracies = 99 + np.random.rand(5, 2) / 2
-    monkeypatch.setattr(figures, "train_py", lambda *_: (14.0, accuracies))
+    monkeypatch.setattr(figures, "train", lambda *_: (14.0, accuracies))
     monkeypatch.setattr(figures, "train_the_plain_way", lambda name, seed: (700.0, 99 + seed / 9))
     monkeypatch.setattr(figures, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["figures.py", name])

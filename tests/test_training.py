@@ -204,7 +204,7 @@ OUT_OF_RANGE = {
     "--folds 3 --fold 4": "--fold 4",
     "--folds 3 --val-size 5": "--val-size",
     "--val-size 4000": "too many of 4,000",
-    "--folds 400 --fold 1": "too many of 4,000",
+    "--folds 401 --fold 1": "too many of 4,000",
     "--val-size 400 --train-size 3601": "too many of 4,000",
     "--teacher nowhere.pt": "nowhere.pt",
     "--runs 2 --folds 2": "--folds",
