@@ -1,6 +1,6 @@
-"""Pictures of the READMEs, to assets/: `python extras/figures.py variants`, accuracy or size.
+"""Pictures of the READMEs, to assets/: `python extras/figures.py variants` or accuracy.
 
-For `accuracy` and `size` it trains for hours into checkpoints/, and uses what is already there.
+For `accuracy` it trains for hours into checkpoints/, and uses what is already there.
 """
 
 import json
@@ -31,8 +31,6 @@ RUNS = ROOT / "checkpoints"
 EPOCHS = (1, 2, 5, 10, 20)  # of `accuracy`
 SEEDS = 10
 PLAIN_SEEDS = 3
-SIZES = {100: 1500, 1000: 400, 10_000: 60, 60_000: 20}  # of `size`: images, and their epochs
-SIZE_SEEDS = 5
 
 HEAD = "one look | std | min | nine looks | std | min | runs |\n|---" + 8 * "|---:" + "|"
 COLORS = {"one look": "#0072b2", "nine looks": "#d55e00"}
@@ -101,31 +99,6 @@ def chart(title: str, x: list[float], accuracies: list[np.ndarray]) -> Axes:
     return axis
 
 
-def with_legend(axis: Axes, ticks: list[int]) -> Figure:
-    """The figure of `axis`, with a legend, and only `ticks` along x."""
-    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axis.set_xticks([], minor=True)
-    axis.figure.legend(loc="outside lower center", ncols=2)
-    return axis.figure
-
-
-def plot_size() -> Figure:
-    """Test accuracy over the number of training images; prints a table."""
-    print(f"| images | epochs | {HEAD}")
-    accuracies = []
-    for size, epochs in SIZES.items():
-        flags = ("--train-size", size, "--epochs", epochs)
-        _, of_size = train(RUNS / f"size/{size}", SIZE_SEEDS, *flags)
-        accuracies.append(of_size)
-        print_row(f"{size:,}", epochs, of_size)
-    axis = chart("Test accuracy over the number of images", list(SIZES), accuracies)
-    axis.set_xlabel("training images")
-    # The error on a logarithmic scale.
-    axis.set_yscale("function", functions=(lambda y: -np.log(100 - y), lambda z: 100 - np.exp(-z)))
-    axis.set(yticks=[90, 95, 98, 99, 99.5], ylim=(90, 99.8))
-    return with_legend(axis, list(SIZES))
-
-
 def examples_network() -> nn.Sequential:
     """The network of pytorch/examples, mnist/main.py: 1.2 million parameters."""
     return nn.Sequential(
@@ -187,15 +160,18 @@ def plot_accuracy() -> Figure:
         seconds, accuracy = np.array(runs).T
         print_row(name, seconds.min(), accuracy[:, None])
         std = accuracy.std(ddof=1)
-        axis.errorbar(
-            seconds.min(), accuracy.mean(), std, fmt=marker, color="0.15", label=name
-        )
+        y = accuracy.mean()
+        axis.errorbar(seconds.min(), y, std, fmt=marker, color="0.15", label=name)
     axis.axhline(99.42, color="0.7", linestyle="--", label="the specification's own figure")
     axis.set_xlabel("seconds of training; the numbers are epochs")
-    return with_legend(axis, [15, 30, 60, 120, 300, 600, 1200])
+    ticks = [15, 30, 60, 120, 300, 600, 1200]
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axis.set_xticks([], minor=True)
+    axis.figure.legend(loc="outside lower center", ncols=2)
+    return axis.figure
 
 
-FIGURES = {"variants": plot_variants, "accuracy": plot_accuracy, "size": plot_size}
+FIGURES = {"variants": plot_variants, "accuracy": plot_accuracy}
 
 
 def main() -> None:

@@ -5,33 +5,25 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Callable, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import MAINS, ROOT, idx, mnist
 
-Find = Callable[[ast.Module], tuple[int, int]]  # the lines to replace: from (the first is 0), to
-
 
 class Edit(NamedTuple):
-    """`new` replaces the lines `find` of `file`; `readme`: README's words for it, if not `new`.
-
-    `missing` is a picture that is not drawn, `refused` has exports with words of the refusal.
-    """
-
     file: str
-    find: Find
+    find: Callable  # the lines to replace: from (the first is 0), to
     new: str
-    flags: tuple[str, ...] = ()
-    readme: str = ""
-    missing: str = ""
-    refused: dict[str, str] = {}  # noqa: RUF012
+    flags: tuple = ()
+    readme: str = ""  # README's words for it, if not `new`
+    missing: str = ""  # a picture that is not drawn
+    refused: tuple = ("", "")  # words of the refusals of the exports .onnx and .html
 
 
-def named(tree: ast.AST, name: str) -> Any:
+def named(tree, name):
     """The function, class or assignment of this name."""
     for node in ast.walk(tree):
         if name == getattr(node, "name", None):
@@ -40,21 +32,17 @@ def named(tree: ast.AST, name: str) -> Any:
             return node
 
 
-def definition(first: str, last: str = "") -> Find:
-    """That of a name, or those from `first` to `last`."""
+def definition(first, last=""):
     return lambda tree: (named(tree, first).lineno - 1, named(tree, last or first).end_lineno)
 
 
-def first_line(function: str) -> Find:
-    """Before the first line of a function, behind its docstring."""
+def first_line(function):
+    """Before it, behind the docstring."""
     return lambda tree: (named(tree, function).body[1].lineno - 1,) * 2
 
 
-def first_return(function: str) -> Find:
-    """The first `return` of a function."""
-
-
-    def find(tree: ast.Module) -> tuple[int, int]:
+def first_return(function):
+    def find(tree):
         nodes = ast.walk(named(tree, function))
         return min((n.lineno - 1, n.end_lineno) for n in nodes if isinstance(n, ast.Return))
 
@@ -99,7 +87,7 @@ EDITS = {
     "network": Edit(
         "model.py", definition("Net"), EXAMPLES_NET,
         readme="def __init__(self, **settings)", missing="explain.png",
-        refused={".html": "cannot run this network"},
+        refused=("", "cannot run this network"),
     ),
     "optimiser": Edit(
         "utils.py", first_line("make_optimizer"),
@@ -120,15 +108,15 @@ EDITS = {
     "data set": Edit(
         "model.py", definition("IMAGE_SIZE", "CLASS_NAMES"),
         "IMAGE_SIZE = 32\nCLASS_NAMES = [chr(33 + i) for i in range(47)]\n",
-        readme="CLASS_NAMES = ", refused={
-            ".onnx": "ONNX has no adaptive max pooling", ".html": "it is for ten digits of 28x28",
-        },
+        readme="CLASS_NAMES = ",
+        refused=("ONNX has no adaptive max pooling", "it is for ten digits of 28x28"),
     ),
 }
 
 # In the copy, in one process: train, stop after an epoch and resume, measure, draw, export.
 DRIVER = """
 import contextlib, io, json, sys
+from unittest import mock
 import test_model, train, utils, visualize_errors
 
 def call(module, *words):
@@ -143,14 +131,8 @@ visualize_errors.EXPLAINED = 1  # to save time
 exports, *flags = sys.argv[1:]
 results = {}
 results["train"] = call(train, "--epochs", "2", "--out", "whole", *flags)
-print_epoch = train.print_epoch
-
-def stop(entry):
-    raise KeyboardInterrupt
-
-train.print_epoch = stop
-results["stopped"] = call(train, "--epochs", "2", "--out", "resumed", *flags)
-train.print_epoch = print_epoch
+with mock.patch.object(train, "print_epoch", side_effect=KeyboardInterrupt):
+    results["stopped"] = call(train, "--epochs", "2", "--out", "resumed", *flags)
 results["resumed"] = call(train, "--resume", "--out", "resumed")
 results["measured"] = call(test_model, "--checkpoint", "whole/model.pt")
 results["drawn"] = call(visualize_errors, "--checkpoint", "whole/model.pt", "--split", "val")
@@ -160,7 +142,7 @@ print(json.dumps(results))
 """
 
 
-def write_other_data(folder: Path) -> Path:
+def write_other_data(folder):
     """Digits in 32 x 32 pixels, with labels up to 46."""
     folder.mkdir()
     for part, count in (("train", 640), ("t10k", 50)):
@@ -200,7 +182,7 @@ def test_one_edit_is_enough(name, call, environment, tiny, tmp_path):
     for step, status in statuses.items():
         assert results[step]["status"] == status, results[step]
 
-    def weights(out: str) -> dict[str, torch.Tensor]:
+    def weights(out):
         return torch.load(tmp_path / out / "model.pt", weights_only=True)["model"]
 
     whole, resumed = weights("whole"), weights("resumed")
@@ -212,12 +194,12 @@ def test_one_edit_is_enough(name, call, environment, tiny, tmp_path):
     unedited = weights("unedited")
     is_other = unedited.keys() != whole.keys()
     assert is_other or not torch.equal(unedited["fc1.bias"], whole["fc1.bias"])
-    pictures = list((tmp_path / "plots").glob("*.png"))
-    assert len(pictures) == 6 - bool(edit.missing), results["drawn"]
+    assert len([*(tmp_path / "plots").glob("*.png")]) == 6 - bool(edit.missing), results["drawn"]
     assert f"{edit.missing}: not drawn, " in results["drawn"]["out"] or not edit.missing
-    for ending in exports:
-        result, needs = results[ending], "needs the package"
-        refusal = needs if needs in result["err"] else edit.refused.get(ending)
+    for ending, refusal in zip(exports, edit.refused):
+        result = results[ending]
+        if "needs the package" in result["err"]:
+            refusal = "needs the package"
         assert result["status"] == (2 if refusal else 0), result
         assert (tmp_path / f"network{ending}").exists() != bool(refusal)
         assert not refusal or (refusal in result["err"] and result["err"].count("\n") == 1)

@@ -10,8 +10,7 @@ from conftest import CPU, mnist
 from PIL import Image
 
 import utils
-from extras import benchmark, compare, figures, folders
-from model import count_parameters
+from extras import compare, figures, folders
 from utils import Split, UserError
 
 
@@ -106,14 +105,6 @@ def test_runs_that_cannot_be_compared_are_refused(settings):
             compare.main(settings)
     with pytest.raises(UserError, match="fewer than two seeds"):
         compare.main([settings[0], str(path)])
-
-
-def test_the_plain_way_trains_as_many_parameters():
-    model = benchmark.plain_network()
-    assert count_parameters(model) == 16_966
-    batch = next(iter(benchmark.plain_loader(workers=0)))
-    benchmark.plain_epoch(model, benchmark.plain_optimizer(model), [batch])
-    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["accuracy", "size"])

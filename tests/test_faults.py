@@ -1,6 +1,5 @@
 """Nothing lost, nothing let in: stops, full disks, two trainings at once, damaged files."""
 
-import errno
 import pickle
 import shutil
 import signal
@@ -9,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Callable
-from unittest import mock
 
 import pytest
 import torch
@@ -127,15 +125,6 @@ def test_a_stop_while_it_is_measured_loses_nothing(call, tiny, tmp_path, monkeyp
     out, _ = call(*flags)
     assert f"Replaces {tmp_path}, a training that is not finished" in out.splitlines()[1]
     assert "add --resume" in out.splitlines()[1]
-
-
-def test_a_folder_that_cannot_be_locked_is_a_warning(call, tiny, tmp_path):
-    """Some network file systems have no locks."""
-    with mock.patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks available")):
-        _, err = call("train.py", "--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
-    assert (tmp_path / "model.pt").exists()
-    assert len(err.splitlines()) == 1
-    assert "warning" in err and f"{tmp_path} cannot be locked (No locks" in err
 
 
 def test_sigterm_stops_all_of_several_runs_as_ctrl_c_does(tiny, tmp_path):
