@@ -88,9 +88,8 @@ class Block(nn.Module):
 def load_pretrained(path: str | Path = PRETRAINED) -> Net:
     """The released network, or that of another checkpoint, in eval mode on the CPU.
 
-    The network takes float (N, 1, 28, 28), ink 1, paper 0, into which torchvision's `ToTensor`
-    turns MNIST's images, and returns logits (N, 10). MNIST's digits are 20 x 20 pixels large, with
-    the centre of mass in the middle.
+    Its input: float (N, 1, 28, 28), ink 1, paper 0, as torchvision's `ToTensor` makes of MNIST.
+    Its output: logits (N, 10). Digits should fit 20 x 20 pixels, centred by mass.
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     recipe = checkpoint["recipe"]
@@ -111,15 +110,15 @@ class Layer(NamedTuple):
     receptive_field: int | None
     jump_in: int | None
     jump_out: int | None
-    parameters: tuple[int, ...]  # counts: weight, bias; of a norm their sum
+    parameters: tuple[int, ...]  # counts: (weight, bias), of a norm (sum,)
 
 
 def layer_table(model: nn.Module) -> list[Layer]:
     """The layers of `model`, in the order in which an image passes them.
 
     Receptive fields: r_out = r_in + (k - 1) * jump_in and jump_out = stride * jump_in (Araujo et
-    al., "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019). Once a
-    layer's input has not the size of the output before it, they are None.
+    al., "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019). They are
+    None from the first layer on whose input is not the previous output's size.
     """
     model = copy.deepcopy(model).eval()
     image = (1, IMAGE_SIZE, IMAGE_SIZE)
@@ -134,8 +133,8 @@ def layer_table(model: nn.Module) -> list[Layer]:
         size_out = tuple(output.shape[1:])
         before = rows[-1]
         field = jump_in = jump_out = None
-        is_chain = before.receptive_field is not None and size_in == before.output_size
-        if is_chain and len(size_in) == 3:
+        is_image = len(size_in) == 3
+        if is_image and before.receptive_field and size_in == before.output_size:
             kernel, stride = kernel_and_stride(layer, size_in[1], size_out[1])
             jump_in = before.jump_out
             jump_out = stride * jump_in

@@ -76,8 +76,8 @@ def print_report(results: dict[str, Any]) -> None:
         f"({results['sure_errors']} of {results['sure_count']:,} wrong)",
     }
     width = max(map(len, rows)) + 1
-    for row, value in rows.items():
-        print(f"{row + ':':{width}}  {value}")
+    for title, value in rows.items():
+        print(f"{title}:".ljust(width), "", value)
 
     name_width = max(len("Class"), *map(len, CLASS_NAMES))
     print(f"\n{'Class':>{name_width}}  Count  Errors  Precision   Recall")
@@ -141,14 +141,14 @@ def main(argv: list[str] | None = None) -> int:
         split = utils.load_split(args.split, args.data_dir, checkpoint, device)
         where = {"checkpoint": str(checkpoint["path"]), "split": args.split}
         results = {**where, **evaluate(model, split, args.tta)}
+    if args.json and args.json != "-":
+        utils.write_json(Path(args.json), results)
     if args.json == "-":
         print(json.dumps(results, indent=2))
     elif args.images:
         photos.print_images(results)
     else:
         print_report(results)
-    if args.json not in (None, "-"):
-        utils.write_json(Path(args.json), results)
     return int(failed > 0)
 
 

@@ -80,12 +80,12 @@ def train_epoch(run: Run, epoch: int) -> dict[str, Any]:
         run.scheduler.step()
         update_average(run.average, run.model, step)
 
-        each_loss = F.cross_entropy(logits.detach(), labels, reduction="none")
-        run.loader.losses[index] = each_loss
+        label_loss = F.cross_entropy(logits.detach(), labels, reduction="none")
+        run.loader.losses[index] = label_loss
         loss_sum += loss.detach() * len(labels)
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
-        if (step + 1) * CHECKS % epoch_steps < CHECKS:  # evenly spaced, and after the last step
+        if (step + 1) * CHECKS % epoch_steps < CHECKS:  # evenly, also at the end
             loss_sums.append(loss_sum.item())
             counts.append(seen)
             learning_rates.append(learning_rate(run))
@@ -110,8 +110,7 @@ def learning_rate(run: Run) -> float:
 def update_average(average: Net, model: Net, step: int) -> None:
     """Move the weights of `average` towards those of `model`; step 0 copies them.
 
-    This averages about the last tenth of the steps so far: polynomial-decay averaging (Shamir &
-    Zhang, 2013).
+    This averages about the last step / 10 steps: polynomial-decay averaging (Shamir & Zhang, 2013).
     """
     for averaged, current in zip(average.parameters(), model.parameters()):
         averaged.lerp_(current, 10 / (10 + step))
@@ -120,8 +119,8 @@ def update_average(average: Net, model: Net, step: int) -> None:
 def dropout_factor(progress: float, until: float) -> float:
     """The factor of all dropout rates at `progress` (0 to 1) of the run: it falls to 0 at `until`.
 
-    Early dropout, after Liu et al., "Dropout Reduces Underfitting" (ICML 2023). With an `until` of
-    0 there is no dropout, with 1 it is constant.
+    Early dropout, after Liu et al., "Dropout Reduces Underfitting" (ICML 2023). An `until` of 0
+    is no dropout; 1 is special: it is constant.
     """
     if until == 0:
         return 0.0
@@ -198,7 +197,7 @@ def build_run(recipe: dict[str, Any], split: Split, data_crc: int, device: torch
     settings = ("width", "activation", "dropout", "fc_dropout")
     model = utils.to_device(Net(**{name: recipe[name] for name in settings}), device)
     average = copy.deepcopy(model).requires_grad_(False)
-    set_dropout(find_dropout(average), 0)  # update_bn sets the train mode
+    set_dropout(find_dropout(average), 0)  # update_bn uses the train mode
     variants = None
     if recipe["variants"]:
         from extras.variants import draw_variants
@@ -258,7 +257,7 @@ def end_epoch(run: Run, entry: dict[str, Any], val_split: Split | None, out: Pat
         entry.update(measure_on("val", run.average, val_split))
     history = [*run.history, entry]
     save(run, out / "last.pt", history=history, metrics={}, training=training_state(run))
-    run.history = history  # only now: if stopped, it tells the saved epochs
+    run.history = history  # after the save: what_is_kept counts these
     print_epoch(entry)
 
 
@@ -268,7 +267,7 @@ def update_statistics(run: Run) -> None:
     Augmented images, which are blurred, have others.
     """
     for averaged, current in zip(run.average.buffers(), run.model.buffers()):
-        averaged.copy_(current)  # for other layers; BatchNorm's are measured below
+        averaged.copy_(current)  # of other layers; BatchNorm's are measured below
     images = run.loader.split.images
     images = images[:: math.ceil(len(images) / STATISTICS_IMAGES)]
     batches = images.tensor_split(math.ceil(len(images) / 500))  # update_bn weights them equally
@@ -365,12 +364,14 @@ def what_is_kept(run: Run, args: argparse.Namespace) -> str:
     default, _ = parse_args([])
     if args.data_dir != default.data_dir:
         words += ["--data-dir", args.data_dir]
+    if args.device != default.device:
+        words += ["--device", args.device]
     return (f"{len(run.history)} of {run.recipe['epochs']} epochs are kept; this goes on: "
             + shlex.join(map(str, words)))
 
 
 def resumed_recipe(checkpoint: dict[str, Any], argv: list[str]) -> dict[str, Any]:
-    """The recipe of `checkpoint`; UserError if flags in `argv` differ from it."""
+    """`argv` over the recipe of `checkpoint`; UserError if that changes it."""
     stored = checkpoint["recipe"]
     _, recipe = parse_args(argv, argparse.Namespace(**stored))
     utils.check_same(checkpoint["path"], stored, recipe)
@@ -430,18 +431,18 @@ def parse_args(
         add("--seed", type=number(int, 0, 2**31), default=0, help="seed of all random numbers"),
     ]
     utils.add_common_flags(parser)
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("checkpoints"), metavar="DIR",
+    flag = parser.add_argument
+    flag("--out", type=Path, default=Path("checkpoints"), metavar="DIR",
         help="folder of the checkpoints, and of the logs of several runs")
-    add("--resume", action="store_true", help="go on with the training in --out, or start one")
-    add("--runs", type=number(int, 1), default=1, help="number of trainings, each with its seed")
-    add("--jobs", type=number(int, 1),
+    flag("--resume", action="store_true", help="go on with the training in --out, or start one")
+    flag("--runs", type=number(int, 1), default=1, help="number of trainings, each with its seed")
+    flag("--jobs", type=number(int, 1),
         help="processes for --runs or --folds; by default one a core, on a GPU 1")
-    add("--tensorboard", type=Path, nargs="?", const=Path("runs"), metavar="DIR",
+    flag("--tensorboard", type=Path, nargs="?", const=Path("runs"), metavar="DIR",
         help="write curves, images and hyperparameters for TensorBoard")
-    add("--dry-run", action="store_true", help="try everything with a few steps; keep nothing")
+    flag("--dry-run", action="store_true", help="try everything with a few steps; keep nothing")
     args = parser.parse_args(argv, stored)
-    recipe = {flag.dest: getattr(args, flag.dest) for flag in recipe_flags}
+    recipe = {each.dest: getattr(args, each.dest) for each in recipe_flags}
     if recipe["folds"] == 1 or recipe["fold"] > recipe["folds"]:
         raise UserError(f"--folds {recipe['folds']} --fold {recipe['fold']}: "
                         "give 2 folds or more, and one of them")
@@ -494,7 +495,8 @@ def dry_run(args: argparse.Namespace, recipe: dict[str, Any]) -> int:
         status = train(args, recipe)
         if status == 0:
             utils.load_model(args.out, "cpu")
-    print("Dry run: a few steps on a few images. The accuracy means nothing. Nothing was kept.")
+            print("Dry run: a few steps on a few images. The accuracy means nothing. "
+                  "Nothing was kept.")
     return status
 
 

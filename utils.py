@@ -61,7 +61,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # some file names cannot be printed
     try:
         status = main()
-        print(end="", flush=True)  # what fails, fails here
+        print(end="", flush=True)  # a full disk fails here
     except UserError as error:
         status = 2
         say("error", str(error))
@@ -72,7 +72,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         status = 1
         sys.stdout = None  # or Python writes the rest at exit, and fails again
     except OSError as error:
-        if error.filename is not None:  # not stdout
+        if error.filename is not None:  # a file, not stdout
             raise
         status = 2
         sys.stdout = None
@@ -108,7 +108,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 
 
 def add_common_flags(parser: Parser) -> None:
-    """--data-dir and --device, the same in all three scripts."""
+    """--data-dir and --device, for all three scripts."""
     add = parser.add_argument
     data_dir = Path(os.environ.get("MNIST_DATA_DIR") or ROOT / "data")
     add("--data-dir", type=Path, default=data_dir, metavar="DIR", help="folder of the data set")
@@ -117,14 +117,14 @@ def add_common_flags(parser: Parser) -> None:
 
 
 def add_checkpoint_flags(parser: Parser) -> None:
-    """--checkpoint, --split and --tta, for the two scripts that read a checkpoint."""
+    """--checkpoint, --split and --tta, for those that read a checkpoint."""
     add = parser.add_argument
     add("--checkpoint", type=Path, default=Path("checkpoints"), metavar="PATH",
         help="weights of train.py, or their folder")
     add("--split", choices=tuple(SPLITS), default="test",
         help="read the test images, those held out from training, or the training images")
     add("--tta", action="store_true",
-        help="test-time augmentation: look nine times where one look is not sure")
+        help="look nine times where one look is not sure")
 
 
 def refuse_unused(parser: Parser, args: argparse.Namespace, name: str, others: list[str]) -> None:
@@ -159,11 +159,11 @@ def to_device(model: Net, device: torch.device) -> Net:
     return model.to(device)
 
 
-HELD_OUT, DROPOUT, WEIGHTS, VARIANTS, ORDER = range(5)  # uses of random numbers
+HELD_OUT, DROPOUT, WEIGHTS, VARIANTS, ORDER = range(5)  # `use` of derive_seed
 
 
 def derive_seed(use: int, seed: int = 0, epoch: int = 0) -> int:
-    """A 32-bit seed, different for each use, seed and epoch, as seed + epoch is not."""
+    """A 32-bit seed, different for each (use, seed, epoch), unlike seed + epoch."""
     return int(np.random.SeedSequence((seed, epoch, use)).generate_state(1)[0])
 
 
@@ -190,8 +190,8 @@ def load_mnist(data_dir: Path, train: bool, device: torch.device) -> Split:
 
     Raises UserError for files that are missing or damaged, or do not fit the network.
     """
-    parts = [data_dir / name for name in ("train", "training", "test", "testing")]
-    if any(path.is_dir() for part in parts for path in part.glob("*")):
+    roots = [data_dir / name for name in ("train", "training", "test", "testing")]
+    if any(path.is_dir() for root in roots for path in root.glob("*")):  # train/7/*.png
         from extras import folders
 
         images, labels = folders.load(data_dir, train)
@@ -237,7 +237,7 @@ def find_idx(data_dir: Path, train: bool, kind: str) -> Path:
 def read_idx(path: Path) -> Tensor:
     """The uint8 tensor in an IDX file (see LeCun's MNIST page), packed or not.
 
-    Reads no more than the header declares. Raises UserError if the file is damaged.
+    Reads at most a byte more than the header declares. UserError if the file is damaged.
     """
     try:
         with path.open("rb") as raw:
@@ -264,7 +264,7 @@ def checksum(split: Split) -> int:
 
 
 def make_splits(everything: Split, recipe: dict[str, Any]) -> tuple[Split, Split | None]:
-    """The images to train on ("train_size"), and those held out ("val_size" or "fold") or None.
+    """The images to train on ("train_size"), and those held out ("val_size", "fold"), if any.
 
     They are stratified, and always the same. Folds are disjoint, and together they are all images.
     Raises UserError if there are too few images.
@@ -294,7 +294,7 @@ def make_splits(everything: Split, recipe: dict[str, Any]) -> tuple[Split, Split
 
 
 def pick_evenly(index: Tensor, size: int) -> Tensor:
-    """The middles of `size` equal stretches of `index` (N,): if sorted by class, stratified."""
+    """`size` evenly spaced entries of `index` (N,): stratified if that is sorted by class."""
     return index[(torch.arange(size) * len(index) + len(index) // 2) // max(size, 1)]
 
 
@@ -320,15 +320,15 @@ def load_split(
 
 PASSES_PER_EPOCH = 3  # after the first epoch
 CHUNK = 1024  # images to augment at once: few calls, and the result fits a CPU's cache
-ELASTIC_GRID = 5  # K: control points of the distortion along each side
+ELASTIC_GRID = 5  # K: control points along each side
 
 
 class Loader:
     """Shuffled, augmented batches of the training images `split`.
 
     The first epoch shows each image once. After it most images have a loss near zero and teach
-    little. So with a "hard_fraction" later epochs have three passes over a third of the images
-    each: this share has the largest losses, the others are random (after Jiang et al.,
+    little. So later epochs have three passes over a third of the images each: the share
+    "hard_fraction" of a pass has the largest losses, the rest is random (after Jiang et al.,
     "Accelerating Deep Learning by Focusing on the Biggest Losers", 2019). The training loop keeps
     the last loss of each image in `losses` (N,).
 
@@ -371,7 +371,7 @@ class Loader:
             shown = end
 
     def choose(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` shuffled indices, the hardest images so far among them; in epoch 0 of all."""
+        """`count` shuffled indices: a "hard_fraction" has the largest losses, others are random."""
         priority = torch.rand(len(self.losses), generator=generator)
         hardest = self.losses.topk(int(self.recipe["hard_fraction"] * count)).indices
         priority[hardest.cpu()] += 1  # above that of every other image
@@ -384,8 +384,8 @@ class Loader:
         if self.variants is None:
             return images
         variants, probability = self.variants
-        u = torch.rand(len(index), generator=generator).to(index.device)
-        return torch.where((u < probability[index]).view(-1, 1, 1, 1), variants[index], images)
+        r = torch.rand(len(index), generator=generator).to(index.device)
+        return torch.where((r < probability[index]).view(-1, 1, 1, 1), variants[index], images)
 
 
 def augment(images: Tensor, recipe: dict[str, Any], generator: torch.Generator) -> Tensor:
@@ -420,7 +420,7 @@ def affine_matrices(angle: Tensor, translate: Tensor, scale: Tensor, shear: Tens
     c = torch.sin(angle - shear_y) / torch.cos(shear_y)
     d = -c * torch.tan(shear_x) + torch.cos(angle)
     inverse = torch.stack([d, -b, -c, a], 1).view(-1, 2, 2) / scale.view(-1, 1, 1)
-    offset = -(inverse @ (translate * 2 / IMAGE_SIZE).unsqueeze(2))  # in half images
+    offset = -(inverse @ (translate * 2 / IMAGE_SIZE).unsqueeze(2))  # see grid_basis
     return torch.cat([inverse, offset], 2)
 
 
@@ -467,13 +467,13 @@ def make_schedule(
 ) -> LRScheduler:
     """One cycle (Smith & Topin, 2018). Any schedule will do whose `step()` needs no metric.
 
-    `step()` follows each of the `steps`. Over the first share `warmup` of them the rate rises along
-    half a cosine from `lr` to `peak_lr`, then falls along another, to be 0 one step after the last.
-    Raises UserError if `lr` is above `peak_lr`.
+    `step()` is called after each of the `steps` updates. Over the first share `warmup` of them the
+    rate rises along half a cosine from `lr` to `peak_lr`, then falls along another, to be 0 one
+    step after the last. Raises UserError if `lr` is above `peak_lr`.
     """
     if lr > peak_lr:
         raise UserError(f"--lr {lr} is above --peak-lr {peak_lr}")
-    # OneCycleLR's peak is at step pct_start * total_steps - 1; at step 0 it would divide by 0.
+    # OneCycleLR peaks at step pct_start * total_steps - 1; a peak at step 0 would divide by 0.
     peak_step = warmup * steps
     return OneCycleLR(
         optimizer, peak_lr, total_steps=steps + 1,
@@ -594,12 +594,12 @@ def save_checkpoint(path: Path, model: nn.Module, **contents: Any) -> None:
 
 
 def check_same(path: Path, stored: dict[str, Any], recipe: dict[str, Any]) -> None:
-    """UserError if `recipe` differs from `stored`, that of `path`; teachers may have moved."""
-    names = {**stored, **recipe}.keys() - {"teacher"}  # another version may have had others
+    """UserError if `recipe` differs from `stored`, of `path`, but for teachers' paths."""
+    names = {**stored, **recipe}.keys() - {"teacher"}  # versions may differ
     changed = [name for name in sorted(names) if stored.get(name) != recipe.get(name)]
     if changed:
         made = " ".join(f"--{name.replace('_', '-')} {stored.get(name)}" for name in changed)
-        made = made.translate(str.maketrans("", "", "[],"))  # a list as it is typed
+        made = made.translate(str.maketrans("", "", "[],"))  # [1, 2] as 1 2
         raise UserError(f"{path} was made with {made}: --resume cannot change that; leave the flag "
                         "out, or train into another --out, perhaps with this as --teacher")
 

@@ -17,7 +17,7 @@ if __name__ == "__main__":
     logging.getLogger("matplotlib").setLevel("ERROR")  # it warns where it has no cache
 try:
     import matplotlib.style
-except OSError as error:  # no folder can be written
+except OSError as error:  # no place for its cache
     print(f"visualize_errors.py: error: {error}", file=sys.stderr)
     sys.exit(2)
 
@@ -36,13 +36,13 @@ import utils
 from model import CLASS_NAMES, Net
 from utils import SPLITS, Split, UserError
 
-INK = "0.15"
+DARK = "0.15"
 MUTED = "0.45"
 ACCENT = "#d55e00"
 SECOND = "#0072b2"
 STYLE = {
     "font.size": 9,
-    "text.color": INK,
+    "text.color": DARK,
     "text.parse_math": False,
     "axes.titlesize": 8.5,
     "axes.titlepad": 4,
@@ -60,8 +60,8 @@ STYLE = {
     "figure.constrained_layout.w_pad": 0.1,
     "figure.constrained_layout.h_pad": 0.1,
 }
-NAMES = [name[:10] for name in CLASS_NAMES]
-NAMES_ARE_LONG = max(map(len, NAMES)) > 2  # they need more room
+NAMES = [name[:10] for name in CLASS_NAMES]  # at most ten letters
+NAMES_ARE_LONG = max(map(len, NAMES)) > 2  # they need more room; digits do not
 
 
 class Reading(NamedTuple):
@@ -118,12 +118,12 @@ def plot_errors(reading: Reading, limit: int) -> Figure:
     for axis, i in zip(axes.flat, shown):
         label = reading.labels[i]
         probabilities = reading.probabilities[i]
-        true = f"{NAMES[label]}: {percent(probabilities[label])}"
+        below = f"{NAMES[label]}: {percent(probabilities[label])}"
         show_image(axis, reading.images[i, 0])
         caption(axis, reading.answer(i), percent(probabilities.max()))
         style = {"va": "top", "transform": axis.transAxes, "color": MUTED, "fontsize": 8}
         axis.text(0, -0.05, f"#{i}", **style)
-        axis.text(1, -0.05, true, ha="right", **style)
+        axis.text(1, -0.05, below, ha="right", **style)
     return figure
 
 
@@ -150,7 +150,7 @@ def plot_confusion(reading: Reading) -> Figure:
     colors = {"cmap": "Blues", "vmin": 0, "vmax": max(1.6 * most, 1)}  # black is legible on all
     axis.pcolormesh(wrong, **colors, edgecolors="0.85", linewidth=0.5)
     for row, column in np.argwhere(counts):
-        color = MUTED if row == column else INK
+        color = MUTED if row == column else DARK
         count = f"{counts[row, column]:,}"
         axis.text(column + 0.5, row + 0.5, count, ha="center", va="center", color=color)
     middles = np.arange(classes) + 0.5
@@ -175,17 +175,18 @@ def plot_history(history: list[dict[str, Any]], metrics: dict[str, float]) -> Fi
     checks = len(history[0]["train_losses"])  # in each epoch
     times = np.arange(epochs * checks + 1) / checks
     later_rates = [rate for entry in history for rate in entry["learning_rates"]]
-    rates.plot(times, [history[0]["learning_rate"], *later_rates], color=INK)
+    rates.plot(times, [history[0]["learning_rate"], *later_rates], color=DARK)
     rates.set_ylim(bottom=0)
     train_losses = [loss for entry in history for loss in entry["train_losses"]]
-    losses.plot(times[1:], train_losses, color=INK)
+    losses.plot(times[1:], train_losses, color=DARK)
     curves = {
-        "train": ("o-", INK, "training: augmented images"),
+        "train": ("o-", DARK, "training: augmented images"),
         "val": ("s--", ACCENT, "validation"),
         "test": ("D", SECOND, "test, after the last epoch"),
     }
+    points = [*history, {"epoch": epochs, **metrics}]
     for name, (style, color, label) in curves.items():
-        entries = [e for e in (*history, {"epoch": epochs, **metrics}) if f"{name}_loss" in e]
+        entries = [point for point in points if f"{name}_loss" in point]
         x = [entry["epoch"] for entry in entries]
         error = [100 - 100 * entry[f"{name}_accuracy"] for entry in entries]
         if entries:
@@ -230,14 +231,14 @@ def plot_explanations(model: Net, reading: Reading) -> Figure:
         image = reading.images[i]
         show_image(panels[0], image[0])
         caption(panels[0], reading.answer(i))
-        classes = (reading.labels[i], reading.predicted[i])
+        targets = (reading.labels[i], reading.predicted[i])
         for name, method, pair in (
             ("Grad-CAM", grad_cam, panels[1:3]),
             ("SmoothGrad", smooth_grad, panels[3:]),
         ):
-            heats = torch.stack([method(model, image.unsqueeze(0) / 255, c) for c in classes])
+            heats = torch.stack([method(model, image.unsqueeze(0) / 255, c) for c in targets])
             top = float(heats.quantile(0.99))  # single pixels are much brighter
-            for axis, c, heat in zip(pair, classes, heats):
+            for axis, c, heat in zip(pair, targets, heats):
                 show_image(axis, heat, 0, top, "cividis")
                 outline = axis.contour(image[0], levels=[100], colors="white", linewidths=0.9)
                 outline.set_path_effects([withStroke(linewidth=2, foreground="0.2")])
@@ -462,7 +463,7 @@ def save(figure: Figure, path: Path) -> None:
 def draw_split(
     args: argparse.Namespace, model: Net, checkpoint: dict[str, Any], device: torch.device
 ) -> list[Path]:
-    """Draw the pictures that apply, delete the others' old files; returns their paths."""
+    """Draw each picture, or delete its old file if it raises UserError; returns their paths."""
     split = utils.load_split(args.split, args.data_dir, checkpoint, device)
     reading = read_split(model, split, SPLITS[args.split], args.tta)
     model.cpu()  # where the images are

@@ -1,6 +1,5 @@
-"""visualize_errors.py: its pictures as users get them, what they show, its mathematics by hand."""
+"""visualize_errors.py: its pictures as users get them, and what they show."""
 
-import re
 from itertools import combinations
 from unittest import mock
 
@@ -8,11 +7,11 @@ import matplotlib.style
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.text import Text
 from numpy.testing import assert_allclose
 from PIL import Image, ImageShow
+from torch import nn
 
 import utils
 import visualize_errors as viz
@@ -49,12 +48,9 @@ def pixels(axis):
 
 
 def assert_pictures(out, names):
-    """Exactly `names` are in `out`: PNG files of a sensible size that are not blank."""
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
     for name in names:
-        with Image.open(out / name, formats=["PNG"]) as image:
-            assert 1000 <= image.width <= 2000 and 150 <= image.height <= 1500, image.size
-            assert np.asarray(image.convert("L")).std() > 5
+        assert np.asarray(Image.open(out / name).convert("L")).std() > 5
 
 
 def assert_legible(figure):
@@ -65,16 +61,16 @@ def assert_legible(figure):
     texts = [text for text in texts if text.get_visible() and text.get_text().strip()]
     boxes = [(text, text.get_window_extent().padded(-0.5)) for text in texts]
     for text, box in boxes:
-        assert box.min.min() >= 0 and (box.max <= figure.bbox.max).all(), f"{text} leaves it"
+        assert box.min.min() >= 0 and (box.max <= figure.bbox.max).all()
         others = [axis for axis in panels(figure) if axis is not text.axes]
-        assert not any(axis.bbox.overlaps(box) for axis in others), f"{text} lies on a picture"
-    for (text, box), (other, its_box) in combinations(boxes, 2):
-        assert not box.overlaps(its_box), f"{text} overlaps {other}"
+        assert not any(axis.bbox.overlaps(box) for axis in others)
+    for (_, box), (_, its_box) in combinations(boxes, 2):
+        assert not box.overlaps(its_box)
     return "\n".join(text.get_text() for text in texts)
 
 
 def test_as_a_user_types_it(run, trained, tmp_path):
-    """Whatever windows are set up, without extras/, and where matplotlib can keep no cache."""
+    """Without windows, extras/ and a folder for matplotlib's cache."""
     out = tmp_path / "new" / "plots"
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['extras'] = None")
     env = {"MPLBACKEND": "nonsense", "MPLCONFIGDIR": __file__, "PYTHONPATH": str(tmp_path)}
@@ -86,8 +82,7 @@ def test_as_a_user_types_it(run, trained, tmp_path):
     accuracy = utils.load_checkpoint(trained / "model.pt")["metrics"]["test_accuracy"]
     wrong = round(1000 - 1000 * accuracy)
     assert titles[0] == f"{wrong} of 1,000 test images misread"
-    assert titles[1].startswith(f"{titles[0]}, most often ") and titles[5].endswith(titles[0])
-    assert f"Test accuracy {accuracy:.2%} and loss " in titles[2] and "3 epochs" in titles[2]
+    assert f"Test accuracy {accuracy:.2%} and loss " in titles[2]
     assert f"8 of {wrong} mistakes" in titles[3]
     (tmp_path / "tempfile.py").write_text("def mkdtemp(**_):\n    raise OSError")
     stderr = run(SCRIPT, status=2, **env).stderr  # no folder at all can be written
@@ -96,33 +91,32 @@ def test_as_a_user_types_it(run, trained, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_own_images(call, refuse, net, trained, reading, tmp_path):
-    """One with a name that neither fits nor can be written, one of two digits; and no image."""
-    digits = 255 - reading.images[:, 0].numpy()
-    folder = tmp_path / "scans"
-    folder.mkdir()
-    name = f"{'and_on' * 20}_$x$_数字.png"
-    Image.fromarray(digits[1]).resize((280, 280)).save(folder / name)
-    Image.fromarray(np.hstack(digits[2:4])).resize((560, 280)).save(folder / "b.png")
-    found = list(photos.read_files(net, folder.iterdir()))
-    (folder / "broken.png").write_bytes(b"not an image")
-    flags = ("--checkpoint", trained, "--out", tmp_path / "plots", "--images", folder)
+    """A number whose name neither fits nor can be written, and no image."""
+    number = tmp_path / f"{'and_on' * 20}_$x$_数字.png"
+    ink = np.hstack(reading.images[2:4, 0])
+    Image.fromarray(255 - ink).resize((560, 280)).save(number)
+    out = tmp_path / "plots"
+    flags = ("--checkpoint", trained, "--out", out, "--images", number, __file__)
     _, stderr = call(SCRIPT, *flags, status=1)
-    assert "broken.png" in stderr and stderr.count("\n") == 1  # none of missing letters
-    assert_pictures(tmp_path / "plots", ["images.png"])
-    assert "first 1 of 3 images" in call(SCRIPT, *flags, "--max", 1)[0]
+    assert __file__ in stderr and stderr.count("\n") == 1  # none of missing letters
+    assert_pictures(out, ["images.png"])
+    assert "first 1 of 2 images" in call(SCRIPT, *flags, "--max", 1)[0]
     with mock.patch.object(photos, "read_files", return_value=[]) as read:
         call(SCRIPT, *flags, "--raw", status=1)
     assert read.call_args.args[2]
     refuse(SCRIPT, "--raw", words=["--raw goes with --images"])
 
+    found = list(photos.read_files(net, [number] * 2))
     figure = viz.plot_images(found)
     assert "and_on_$x$_数字.png\n" in assert_legible(figure)
-    for (_, seen, report), (_, read, chart) in zip(found, np.reshape(figure.axes, (-1, 3))):
-        assert read.get_title("left") == f"reads {report['number']}"
-        assert np.array_equal(pixels(read), np.hstack([*seen]))
-        heights = [bar.get_height() for bar in chart.patches]
-        assert heights in [digit["probabilities"] for digit in report["digits"]]
-        assert re.match("[12] of 2: ", chart.get_title("right")) or len(seen) == 1
+    _, seen, report = found[0]
+    _, read, chart, *_ = figure.axes
+    assert read.get_title("left") == f"reads {report['number']}"
+    assert np.array_equal(pixels(read), np.hstack([*seen]))
+    confidence, i = min((digit["confidence"], i) for i, digit in enumerate(report["digits"]))
+    assert chart.get_title("right") == f"{i + 1} of 2:  {viz.percent(confidence)}"
+    heights = [bar.get_height() for bar in chart.patches]
+    assert heights == report["digits"][i]["probabilities"]
 
 
 @pytest.mark.parametrize("names", [viz.NAMES, LONG])
@@ -130,11 +124,10 @@ def test_pictures_are_legible(names, net, reading, monkeypatch):
     """Also those of a network that errs nowhere."""
     monkeypatch.setattr(viz, "NAMES", names)
     monkeypatch.setattr(viz, "NAMES_ARE_LONG", names is LONG)
-    monkeypatch.setattr(viz, "EXPLAINED", 3)
     least = {"probabilities": [0.1] * 10, "confidence": 0.5}
     report = {"path": "a", "number": names[9], "second_guess": names[2], "digits": [least]}
     found = [(Image.new("L", (28, 28)), reading.images[0], report)] * 3
-    perfect = reading._replace(probabilities=F.one_hot(reading.labels, 10).float())
+    perfect = reading._replace(probabilities=torch.eye(10)[reading.labels])
     for figure in (
         viz.plot_errors(reading, 20), viz.plot_explanations(net, reading), viz.plot_images(found),
         viz.plot_confusion(reading), viz.plot_filters(net, reading), viz.plot_doubts(reading),
@@ -153,14 +146,12 @@ def test_many_classes_and_mistakes(monkeypatch):
     monkeypatch.setattr(viz, "NAMES", names)
     monkeypatch.setattr(utils, "CLASS_NAMES", names)
     labels = torch.arange(1000) % 47
-    shares = F.one_hot((labels + 1) % 47, 47).float()
-    emnist = viz.Reading(labels, labels, shares, "test")
+    emnist = viz.Reading(labels, labels, torch.eye(47)[(labels + 1) % 47], "test")
     words = assert_legible(viz.plot_confusion(emnist)).splitlines()
     assert {*names, "most often 0 as 1, 1 as 2, 2 as 3, … (22)"} <= {*words}
     figure = viz.plot_doubts(emnist)
-    assert {*names} <= {*assert_legible(figure).splitlines()}
-    everything, mistakes = figure.axes[0].collections
-    assert len(np.unique(everything.get_facecolors(), axis=0)) >= 46
+    assert_legible(figure)
+    _, mistakes = figure.axes[0].collections
     assert mistakes.get_linewidths()[0] < 0.3 and mistakes.get_sizes()[0] < 10  # no black blob
 
 
@@ -192,7 +183,7 @@ def test_confusion_matrix(reading):
 
 
 def test_training_curves():
-    """Rate and training loss are curves within each epoch, here of two checks."""
+    """Rate and training loss have two values in each epoch."""
     e = np.arange(1, 21)
     history = [
         {"epoch": i, "learning_rate": i - 1, "learning_rates": [i - 0.5, i], "train_loss": 1.5 / i,
@@ -201,12 +192,12 @@ def test_training_curves():
     ]
     words = assert_legible(viz.plot_history(history[:1], {}))
     assert "Training accuracy 80.00% and loss 1.5000 after 1 epoch" in words
-    assert "validation" not in words and "test, after" not in words
+    assert "validation" not in words
     history = [{**entry, "val_loss": 0.1, "val_accuracy": 0.96} for entry in history]
     figure = viz.plot_history(history, {"test_loss": 0.02, "test_accuracy": 0.995})
     words = assert_legible(figure)
     assert "Test accuracy 99.50% and loss 0.0200 after 20 epochs" in words
-    assert "validation" in words and "test, after" in words
+    assert "validation" in words
     rates, losses, errors = ([line.get_xydata().T for line in axis.lines] for axis in figure.axes)
     x = np.arange(0, 20.1, 0.5)
     assert_allclose(rates[0], [x, x])
@@ -221,12 +212,11 @@ def grad_cam(net, x, target):
     maps = net.blocks[:3](x).detach().requires_grad_()
     logits = net.fc2(net.act(net.fc1(net.pool(net.blocks[3:](maps)).flatten(1))))
     (gradients,) = torch.autograd.grad(logits[0, target], maps)
-    total = sum(gradients[0, k].sum() / 49 * maps[0, k].detach() for k in range(24))
-    return F.interpolate(total.clamp(min=0)[None, None], (28, 28), mode="bilinear")[0, 0]
+    total = (gradients.sum((2, 3), keepdim=True) / 49 * maps.detach()).sum(1, keepdim=True)
+    return F.interpolate(total.clamp(min=0), (28, 28), mode="bilinear")[0, 0]
 
 
-def test_explanations_show_both_classes(net, reading, monkeypatch):
-    monkeypatch.setattr(viz, "EXPLAINED", 2)
+def test_explanations_show_both_classes(net, reading):
     shown = panels(viz.plot_explanations(net, reading))
     i = reading.mistakes()[1]
     assert np.array_equal(pixels(shown[5]), reading.images[i, 0])
@@ -245,8 +235,7 @@ def test_filters_and_maps(net, reading):
     assert len(shown) == 1 + 12 + 12 + 24 + 24 + 12
     assert np.array_equal(shown[0], reading.images[0, 0])
     assert np.array_equal(shown[1:13], net.blocks[0].conv.weight[:, 0].detach())
-    maps = net.blocks(reading.images[:1] / 255)[0]
-    assert_allclose(shown[-12:], maps.detach(), atol=1e-5)
+    assert_allclose(shown[-12:], net.blocks(reading.images[:1] / 255)[0].detach(), atol=1e-5)
 
 
 def test_doubts_lie_between_the_answers(reading):
@@ -263,26 +252,23 @@ def test_doubts_lie_between_the_answers(reading):
 
 
 def test_pictures_that_do_not_apply(call, trained, tmp_path, monkeypatch, capsys):
-    """Nothing to explain, then no filters either. No old picture stays; the new ones are opened."""
-    (tmp_path / "explain.png").write_bytes(b"of another network")
-    checkpoint = utils.load_checkpoint(trained / "model.pt")
-    convolution = nn.Sequential(nn.Conv2d(1, 10, 28), nn.Flatten())
+    """No old picture stays; the new ones are opened."""
+    missing = ["explain.png", "filters.png"]
+    for name in missing:
+        (tmp_path / name).write_bytes(b"of another network")
     linear = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-    names = PICTURES.copy()
-    for model, name, why in (
-        (convolution, "explain.png", "no block has a convolution wider than 1x1"),
-        (linear, "filters.png", "the network has no convolution"),
-    ):
-        names.remove(name)
-        show = mock.Mock(return_value=True)
-        monkeypatch.setattr(ImageShow, "show", show)
-        monkeypatch.setattr(utils, "load_model", lambda *_, model=model: (model, checkpoint))
-        flags = ("--split", "val", "--out", tmp_path, "--max", 1, "--show")
-        stdout, stderr = call(SCRIPT, *flags)
-        assert f"{name}: not drawn, {why}\n" in stdout
-        assert "of 400 validation images misread" in stdout
-        assert_pictures(tmp_path, names)
-        assert [shown.args[1] for shown in show.call_args_list] == names and not stderr
+    checkpoint = utils.load_checkpoint(trained / "model.pt")
+    monkeypatch.setattr(utils, "load_model", lambda *_: (linear, checkpoint))
+    show = mock.Mock(return_value=True)
+    monkeypatch.setattr(ImageShow, "show", show)
+    stdout, stderr = call(SCRIPT, "--split", "val", "--out", tmp_path, "--max", 1, "--show")
+    assert "of 400 validation images misread" in stdout and not stderr
+    assert "explain.png: not drawn, no block has a convolution wider than 1x1\n" in stdout
+    assert "filters.png: not drawn, the network has no convolution\n" in stdout
+    names = [name for name in PICTURES if name not in missing]
+    assert_pictures(tmp_path, names)
+    assert [shown.args[1] for shown in show.call_args_list] == names
     show.return_value = False
-    viz.show([tmp_path / name for name in names])
-    assert re.fullmatch(".*warning: --show found no viewer.*\n", capsys.readouterr().err)
+    viz.show([tmp_path / names[0]] * 2)
+    stderr = capsys.readouterr().err
+    assert "warning: --show found no viewer" in stderr and stderr.count("\n") == 1
