@@ -330,7 +330,7 @@ def plot_images(found: list[tuple[Image.Image, Tensor, dict[str, Any]]]) -> Figu
     across = min(2, len(found))
     figure, axes = sheet(
         "What the network reads in your images",
-        "The image, what the network sees of it, and the probabilities where it is least sure",
+        "The image, what the network sees of it,\nand the probabilities where it is least sure",
         rows=math.ceil(len(found) / across),
         columns=3 * across,
         panel=1.3,
@@ -343,9 +343,9 @@ def plot_images(found: list[tuple[Image.Image, Tensor, dict[str, Any]]]) -> Figu
         left.set_title(name, loc="left", color=MUTED)
         show_image(middle, torch.cat(list(seen), 1))
         caption(middle, textwrap.fill(f"reads {report['number']}", 20))
-        if report.get("second_guess"):
-            doubt = textwrap.fill(f"or perhaps {report['second_guess']}", 22)
-            middle.set_xlabel(doubt, color=MUTED)
+        guess = report.get("second_guess")
+        doubts = [f"or perhaps {guess}" if guess else "", report.get("doubt", "")]
+        middle.set_xlabel(textwrap.fill(" ".join(doubts).strip(), 22), color=MUTED)
         least = min(report["digits"], key=lambda digit: digit["confidence"])
         title = percent(least["confidence"])
         if len(seen) > 1:

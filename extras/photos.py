@@ -48,8 +48,9 @@ def read_images(
     reported too. UserError for a folder whose name is no number, or with `raw` no class.
     """
     files = find_images(paths)
-    for folder in {file.absolute().parent for file in files} if labels else ():
-        if folder.name not in CLASS_NAMES and (raw or not folder.name.replace(" ", "").isdecimal()):
+    for folder in {file.absolute().parent for file in files}:
+        is_number = not raw and folder.name.replace(" ", "").isdecimal()
+        if labels and not is_number and folder.name not in CLASS_NAMES:
             raise UserError(f"--labels: {folder} is named after no {'class' if raw else 'number'}")
     images = [report for _, _, report in read_files(model, files, raw)]
     results: dict[str, Any] = {"images": images}
@@ -141,6 +142,7 @@ MIN_SIDE = 8  # pixels: smaller images are refused
 MAX_PIXELS = 64 * 2**20  # larger images are refused
 WORK_SIZE = 512  # pixels a side: larger images are averaged down to this first
 STRIP = 4  # times as long as high: what is longer is a strip, and stays larger
+LONGEST = 16  # times as long as other images is a strip at most
 DARK = 0.05  # of what is visible: with less of it dark, a transparent image is a light drawing
 FRAMES = {"GIF", "PNG", "WEBP", "AVIF"}  # formats that move
 HEIF = {".heic", ".heif"}  # the format of iPhones
@@ -221,8 +223,8 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def strip_side(size: Sequence[int]) -> int:
-    """The longer side of an image of `size`, or for a strip STRIP times its shorter one."""
-    return min(max(size), STRIP * min(size))
+    """The longer side of an image of `size`, or of a strip STRIP times the shorter one."""
+    return max(min(max(size), STRIP * min(size)), max(size) // LONGEST)
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -307,7 +309,7 @@ def find_digits(gray: Tensor, size: int = 0) -> tuple[list[Tensor], bool]:
     if height < CLEAR and size < max(gray.shape):
         return find_digits(gray, min(2 * size, max(gray.shape)))
     paper = find_paper(overview, min(window, int(NARROW * height)))
-    rows, others = find_rows(ink_depth(overview, paper), pixel, FAINT)
+    rows, others = find_rows(ink_depth(overview, paper), pixel)
     digits = [cut_row(gray, paper, row) for row in rows]
     is_doubtful = any(could_be_digit(part, row, overview) for part in others for row in rows)
     is_doubtful |= any(is_wide(digit) for row in digits for digit in row)
@@ -359,16 +361,16 @@ def erase_lines(gray: Tensor) -> Tensor:
     middles = (torch.arange(BLOCKS) + 0.5) * width / BLOCKS - width / 2
     rise = (torch.linspace(-SLOPE, SLOPE, SLOPES)[:, None] * middles / 2).round().long()
     room = int(rise.max())
-    padded = F.pad(thin, [0, 0, room, room], value=math.inf)  # beyond the image it may go on
-    rows = torch.arange(len(thin))[:, None, None] + rise + room  # (H / 2, SLOPES, BLOCKS)
-    along = padded.gather(0, rows.flatten(0, 1)).view(rows.shape)
-    depths = along.nan_to_num(posinf=0).kthvalue(1 + int(GAPS * BLOCKS)).values
-    bent = dilate_along_y(padded, 5).gather(0, rows.flatten(0, 1)).view(rows.shape)
-    ends = torch.minimum(bent[..., :2].amax(2), bent[..., -2:].amax(2))
+    thin = F.pad(thin, [0, 0, room, room], value=math.inf)  # beyond the image a line may go on
+    first_rows = torch.arange(room, len(thin) - room)
+    places = (first_rows[:, None, None] + rise).flatten(0, 1)  # a line's row in each block: (N, 24)
+    depths = thin.gather(0, places).nan_to_num(posinf=0).kthvalue(1 + int(GAPS * BLOCKS)).values
+    bent = dilate_along_y(thin, 5).gather(0, places)  # paper bends at its edges
+    ends = torch.minimum(bent[:, :2].amax(1), bent[:, -2:].amax(1))
     is_line = (depths > depths.median() + LINE) & (ends > OPEN_END * depths)
-    found = torch.where(is_line, depths, 0.0)[..., None].expand(rows.shape).flatten(0, 1)
-    lines = torch.zeros_like(padded).scatter_reduce(0, rows.flatten(0, 1), found, "amax")
-    lines = dilate_along_y(lines[room : room + len(thin)], 3)
+    found = torch.where(is_line, depths, 0.0)[:, None].expand(places.shape)
+    lines = torch.zeros_like(thin).scatter_reduce(0, places, found, "amax")
+    lines = dilate_along_y(lines, 3)[room : len(thin) - room]
     lines = lines[torch.arange(height) // 2][:, torch.arange(width) * BLOCKS // width]
     return gray + paper * torch.minimum(depth, (DEEPER * lines - depth).clamp(min=0))
 
@@ -408,7 +410,7 @@ def find_tile(gray: Tensor) -> tuple[int, int, int, int] | None:
 # --- Parts ---
 
 MIN_PIXELS = 4  # smaller parts are noise
-MAX_PARTS = 60  # so are more parts
+MAX_PARTS = 200  # so are more parts
 
 
 class Part:
@@ -419,10 +421,8 @@ class Part:
         self.x = x
         self.ink = ink
         self.mass = float(ink.sum())
-        self.top = int(y.min())
-        self.bottom = int(y.max()) + 1
-        self.left = int(x.min())
-        self.right = int(x.max()) + 1
+        self.top, self.bottom = int(y.min()), int(y.max()) + 1
+        self.left, self.right = int(x.min()), int(x.max()) + 1
         self.height = self.bottom - self.top
         self.width = self.right - self.left
 
@@ -510,13 +510,10 @@ THICK = 2  # times the width of a digit's strokes: what is as wide is none
 NEAR = 1 / 2  # a small part belongs to a digit that is nearer than this
 
 
-def find_rows(
-    depth: Tensor, pixel: int, faint: float = 1.0
-) -> tuple[list[list[Part]], list[Part]]:
+def find_rows(depth: Tensor, pixel: int) -> tuple[list[list[Part]], list[Part]]:
     """The ink in `depth` (H, W) that may be digits, as rows from the top, and the other parts.
 
-    A pixel of the image is `pixel` pixels wide here. Ink that touches ink need be only `faint`
-    times as deep.
+    A pixel of the image is `pixel` pixels wide here.
     """
     parts = find_parts(depth, INK_LEVEL * depth.max())
     inner = [part for part in parts if part.is_off_border(depth)]
@@ -526,7 +523,7 @@ def find_rows(
     step = dilate(depth, around) + dilate(-depth, around)
     parts = [
         part
-        for part in find_parts(depth, faint * level)
+        for part in find_parts(depth, FAINT * level)
         if part.ink.max() > level
         and np.quantile(step[part.y, part.x], 0.9) > MIN_STEP * part.ink.max()
     ]
@@ -572,10 +569,10 @@ def could_be_digit(part: Part, row: list[Part], image: Tensor) -> bool:
     height = typical_height(row)
     surrounds = any(digit.is_inside(part) for digit in row)
     highest = FRAME if surrounds else MAX_HEIGHT
-    if not MIN_HEIGHT * height < part.height < highest * height:
+    as_high = MIN_HEIGHT * height < part.height < highest * height
+    if not (as_high and part.is_in_line(min(row, key=part.gap))):
         return False
-    is_thin = stroke_width([part], image) < THICK * stroke_width(row, image)
-    return is_thin and part.is_in_line(min(row, key=part.gap))
+    return stroke_width([part], image) < THICK * stroke_width(row, image)
 
 
 def stroke_width(parts: list[Part], image: Tensor) -> float:
@@ -586,7 +583,6 @@ def stroke_width(parts: list[Part], image: Tensor) -> float:
 # --- Digits of a row ---
 
 FINE = 80  # pixels: the height at which digits are cut out
-MAX_ZOOM = 16  # the most that the overview is enlarged
 ROOM = 0.15  # around a row may be ink that the overview was too coarse to see
 MIN_PART = 0.03  # of the heaviest part's ink: smaller parts are specks
 SMALL = 0.35  # a lower part joins a digit that is NEAR; alone it is no digit
@@ -606,7 +602,7 @@ def cut_row(gray: Tensor, paper: Tensor, row: list[Part]) -> list[Tensor]:
     bottom = min(paper.shape[0], max(part.bottom for part in row) + room)
     left = max(0, min(part.left for part in row) - room)
     right = min(paper.shape[1], max(part.right for part in row) + room)
-    zoom = min(FINE / height, MAX_ZOOM)
+    zoom = FINE / height
     size = round(zoom * (bottom - top)), round(zoom * (right - left))
     down, across = (of_gray / of_paper for of_gray, of_paper in zip(gray.shape, paper.shape))
     y = slice(round(top * down), round(bottom * down))
@@ -621,22 +617,19 @@ def cut_row(gray: Tensor, paper: Tensor, row: list[Part]) -> list[Tensor]:
 
 
 def join_parts(parts: list[Part]) -> list[Part]:
-    """The digits that the `parts` of a row make, from the left: the nearest are joined first."""
+    """The digits that the `parts` of a row make, from the left. `parts` begin with the heaviest."""
     parts = [part for part in parts if part.mass >= MIN_PART * parts[0].mass]
     height = typical_height(parts)
     crack = CRACK * (1 if len(parts) > 2 else 2)  # two parts are more often one digit
-    while len(parts) > 1:
-        distance, i, j = min(
-            (distance_beyond(a, b, height, crack), i, j)
-            for j, b in enumerate(parts)
-            for i, a in enumerate(parts[:j])
-        )
-        if distance >= 0:
-            break
-        b = parts.pop(j)
-        a = parts.pop(i)
-        parts.append(Part(np.append(a.y, b.y), np.append(a.x, b.x), np.append(a.ink, b.ink)))
-    digits = [part for part in parts if part.height >= SMALL * height]
+    digits: list[Part] = []
+    for part in parts:
+        beyond = [distance_beyond(part, digit, height, crack) for digit in digits]
+        if min(beyond, default=0) < 0:
+            digit = digits.pop(beyond.index(min(beyond)))
+            places = ((a.y, a.x, a.ink) for a in (digit, part))
+            part = Part(*(np.concatenate(both) for both in zip(*places)))
+        digits.append(part)
+    digits = [part for part in digits if part.height >= SMALL * height]
     return sorted(digits, key=lambda part: part.left + part.right)
 
 
@@ -647,10 +640,9 @@ def distance_beyond(a: Part, b: Part, height: int, crack: float) -> float:
     """
     shared = min(a.right, b.right) - max(a.left, b.left)
     low = min(a.height, b.height) / height
+    near = crack * height if low < LOW else 0
     if shared > min(a.width, b.width) / 2 or low < SMALL:  # one above the other, or a dash
         near = NEAR * height
-    else:
-        near = crack * height if low < LOW else 0
     if a.gap(b) >= near:
         return 0
     places = [np.stack([p.y, p.x], 1)[:: len(p.y) // MAX_POINTS + 1] for p in (a, b)]

@@ -17,7 +17,7 @@ from extras import several
 PLAIN = ("--epochs", 2, "--dropout-until", 0, "--lr", 0.01, "--peak-lr", 0.02)
 
 
-def assert_close(a: Path, b: Path) -> None:
+def assert_close(a: Path, b: Path):
     """The same weights and metrics but for roundings."""
     first, second = (utils.load_checkpoint(path) for path in (a, b))
     assert first["metrics"] == pytest.approx(second["metrics"], abs=0.03)  # a digit of 50

@@ -1,16 +1,17 @@
 """Folders, compare, figures."""
 
+import json
+import re
 import sys
 
 import numpy as np
-import pytest
 import torch
-from conftest import CPU, mnist
+from conftest import CPU, ROOT, mnist
 from PIL import Image
 
 import utils
-from extras import compare, figures, folders
-from utils import Split, UserError
+from extras import figures, folders
+from utils import Split
 
 
 def write_pictures(folder, split):
@@ -20,13 +21,14 @@ def write_pictures(folder, split):
         Image.fromarray(image[0]).save(path)
 
 
-def test_pictures_are_read_by_class_then_by_name(tmp_path):
+def test_pictures_are_read_by_class_then_by_name_and_trained_on(call, tmp_path):
     for folder, is_train in (("train", True), ("testing", False)):
         digits = mnist(train=is_train).select(slice(500))
         write_pictures(tmp_path / folder, digits)
         expected = digits.select(digits.labels.argsort(stable=True))
         found = utils.load_mnist(tmp_path, is_train, CPU)
         assert utils.checksum(found) == utils.checksum(expected)
+    assert "Final Test Accuracy" in call("train.py", "--dry-run", "--data-dir", tmp_path)[0]
 
 
 def test_labels_are_in_numeric_order_and_common_to_both(tmp_path):
@@ -50,41 +52,17 @@ def test_pictures_that_do_not_fit_are_named(refuse, tmp_path):
     refuse(*command, words=["11 classes", "CLASS_NAMES"])
 
 
-@pytest.fixture
-def settings(trained, tmp_path):
-    """Two folders of three runs; the second's are 1 to 3 points better."""
-    checkpoint = torch.load(trained / "model.pt")
-    for setting in range(2):
-        for seed in range(3):
-            gain = setting * (seed + 1) / 100
-            metrics = {k: v + gain * ("acc" in k) for k, v in checkpoint["metrics"].items()}
-            path = tmp_path / str(setting) / f"seed-{seed}" / "model.pt"
-            path.parent.mkdir(parents=True)
-            torch.save({**checkpoint, "metrics": metrics}, path)
-    return [str(tmp_path / "0"), str(tmp_path / "1")]
-
-
-def test_settings_are_compared_in_pairs(settings, capsys):
-    compare.main(settings)
-    head, *lines, loss = capsys.readouterr().out.splitlines()
-    assert head.startswith("3 pairs") and len(lines) == 2
-    assert all(line.endswith("+2.000% ± 0.577%") for line in lines)
-    assert loss.endswith("+0.00000 ± 0.00000  no difference")
-    compare.main([*settings, "--test"])
-    assert "Test, nine looks" in capsys.readouterr().out
-
-
-def test_runs_that_cannot_be_compared_are_refused(settings):
-    path = f"{settings[1]}/seed-2/model.pt"
-    checkpoint = torch.load(path)
-    recipe = {**checkpoint["recipe"], "train_size": 500}
-    changes = {"another train_size": {"recipe": recipe}, "with --val-size": {"metrics": {}}}
-    for words, change in changes.items():
-        torch.save({**checkpoint, **change}, path)
-        with pytest.raises(UserError, match=words):
-            compare.main(settings)
-    with pytest.raises(UserError, match="fewer than two seeds"):
-        compare.main([settings[0], path])
+def test_readmes_lines_compare_two_settings_in_pairs(tmp_path, monkeypatch, capsys):
+    for name, gains in (("before", (0, 0, 0)), ("after", (1, 2, 3))):
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        runs = [{"val_accuracy": (99 + gain) / 100} for gain in gains]
+        (folder / "runs.json").write_text(json.dumps({"runs": runs}))
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(import json, .*?)```", readme, re.DOTALL)
+    exec(lines, {})
+    assert capsys.readouterr().out == "+2.000% ± 0.577%\n"
 
 
 def test_figure_is_drawn_and_told(tmp_path, monkeypatch, capsys):

@@ -95,7 +95,7 @@ def test_ctrl_c_and_a_second_training_into_the_same_folder(call, refuse, tiny, t
         pass
 
 
-def interrupt(*_: object) -> None:
+def interrupt(*_: object):
     raise KeyboardInterrupt
 
 

@@ -255,7 +255,7 @@ def test_a_run_of_one_epoch_has_no_hard_images_and_says_none(call, tiny, tmp_pat
         assert "hard" not in out and "of augmented images; on plain" in out
 
 
-def assert_same_bits(a: Path, b: Path) -> None:
+def assert_same_bits(a: Path, b: Path):
     """The same weights and metrics, and but for the seconds the same history."""
     first, second = utils.load_checkpoint(a), utils.load_checkpoint(b)
     for checkpoint in (first, second):
