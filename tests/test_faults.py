@@ -88,7 +88,7 @@ def test_ctrl_c_and_a_second_training_into_the_same_folder(call, refuse, tiny, t
     assert process.returncode == 130 and "Traceback" not in errors
     checkpoint = utils.load_checkpoint(out / "last.pt")
     assert checkpoint["recipe"]["epochs"] == 1000
-    told = f"python train.py --resume --out '{out}' --data-dir {tiny}"
+    told = f"python train.py --resume --out '{out}' --data-dir {tiny} --device cpu"
     kept = f"Stopped. {len(checkpoint['history'])} of 1000 epochs are kept; this goes on: {told}"
     assert errors.strip() == kept
     with locked(out):  # the lock went with the process
@@ -166,8 +166,8 @@ def test_places_that_cannot_be_written(refuse, trained, tmp_path):
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         refuse("train.py", "--epochs", 1, "--out", out, words=["cannot write", out])
     place = tmp_path / "file" / "r.json"
-    flags = ("--checkpoint", trained / "model.pt", "--json", place)
-    refuse("test_model.py", *flags, words=["cannot write", place])
+    for script, flag in (("test_model.py", "--json"), ("visualize_errors.py", "--out")):
+        refuse(script, "--checkpoint", trained, flag, place, words=["cannot write", place])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
