@@ -225,7 +225,7 @@ def build_run(recipe: dict[str, Any], split: Split, data_crc: int, device: torch
 
 
 def announce(run: Run, out: Path, device: torch.device) -> None:
-    """Say what will be trained, and what it replaces."""
+    """Say what is trained, and what it replaces."""
     epochs = run.recipe["epochs"]
     if run.history:
         print(f"Resuming {out} after epoch {len(run.history)} of {epochs}", flush=True)
@@ -257,7 +257,7 @@ def end_epoch(run: Run, entry: dict[str, Any], val_split: Split | None, out: Pat
         entry.update(measure_on("val", run.average, val_split))
     history = [*run.history, entry]
     save(run, out / "last.pt", history=history, metrics={}, training=training_state(run))
-    run.history = history  # after the save: what_is_kept counts these
+    run.history = history  # after saving: what_is_kept counts them
     print_epoch(entry)
 
 
@@ -357,8 +357,8 @@ def restore(run: Run, path: Path) -> None:
 
 
 def what_is_kept(run: Run, args: argparse.Namespace) -> str:
-    """What a stopped training leaves, and the command that goes on with it."""
-    if args.dry_run or not run.history:
+    """What a stopped training leaves, and the command that goes on."""
+    if args.dry_run or not (args.out / "last.pt").exists():
         return "Nothing is kept of this training; the same command starts it again."
     words = ["python", "train.py", "--resume", "--out", args.out]
     default, _ = parse_args([])
@@ -366,8 +366,10 @@ def what_is_kept(run: Run, args: argparse.Namespace) -> str:
         words += ["--data-dir", args.data_dir]
     if args.device != default.device:
         words += ["--device", args.device]
-    return (f"{len(run.history)} of {run.recipe['epochs']} epochs are kept; this goes on: "
-            + shlex.join(map(str, words)))
+    kept = f"{len(run.history)} of {run.recipe['epochs']} epochs are kept"
+    if not run.history:
+        kept = "Nothing is kept of this training, but the one before it is still there"
+    return f"{kept}; this goes on: {shlex.join(map(str, words))}"
 
 
 def resumed_recipe(checkpoint: dict[str, Any], argv: list[str]) -> dict[str, Any]:

@@ -519,7 +519,7 @@ def confusion_matrix(predictions: Tensor, labels: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError while `path` is written into a UserError that names it."""
+    """Turn an OSError while `path` is written into a UserError."""
     try:
         yield
     except OSError as error:
@@ -619,7 +619,7 @@ def find_runs(path: Path) -> list[Path]:
     if others := sorted([*path.parent.glob("*.pt"), *path.parent.glob("*/*.pt")]):
         hint = f"there is {others[0]}"
         if others[0].name == "last.pt":
-            hint += (", a training that is not finished; this goes on with it: "
+            hint += (", a training that is not finished; this goes on, with its --data-dir: "
                      f"python train.py --resume --out {others[0].parent}")
     raise UserError(f"there is no {path}; {hint}")
 

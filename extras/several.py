@@ -43,6 +43,8 @@ def run(args: argparse.Namespace, recipe: dict[str, Any], command: list[str]) ->
             commands[folder] += ["--tensorboard", str(board)]
         if args.resume:
             check_resumable(folder, recipe)
+    if not args.resume and any(args.out.glob("*/*.pt")):
+        print(f"Replaces the runs in {args.out}; to go on with them, add --resume")
     device = utils.choose_device(args.device)
     jobs = args.jobs or 1
     if not args.jobs and device.type == "cpu":

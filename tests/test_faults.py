@@ -1,4 +1,4 @@
-"""Nothing lost, nothing let in: stops, full disks, two trainings at once, damaged files."""
+"""Stops, full disks, two trainings at once, damaged, hostile files."""
 
 import pickle
 import shutil
@@ -116,19 +116,22 @@ def test_a_stop_in_the_first_epoch_says_that_nothing_is_kept(call, tiny, tmp_pat
 
 
 def test_a_stop_while_it_is_measured_loses_nothing(call, tiny, tmp_path, monkeypatch):
-    """And a new training says before its first step that it replaces the stopped one."""
     flags = ("train.py", "--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(train, "finish", interrupt)
         _, err = call(*flags, status=130)
     assert "1 of 1 epochs are kept" in err and "--resume" in err
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_epoch", interrupt)
+        _, err = call(*flags, status=130)
+    assert "the one before it is still there; this goes on: python train.py --resume" in err
+    assert len(utils.load_checkpoint(tmp_path / "last.pt")["history"]) == 1
     out, _ = call(*flags)
     assert f"Replaces {tmp_path}, a training that is not finished" in out.splitlines()[1]
     assert "add --resume" in out.splitlines()[1]
 
 
 def test_sigterm_stops_all_of_several_runs_as_ctrl_c_does(tiny, tmp_path):
-    """It reaches the parent alone, which hands it on."""
     flags = ("--runs", 3, "--jobs", 2, "--epochs", 1000, "--data-dir", tiny, "--out", tmp_path)
     process = start(tmp_path / "seed-1" / "last.pt", *flags)
     while not (tmp_path / "seed-0" / "last.pt").exists():
@@ -173,7 +176,7 @@ def test_places_that_cannot_be_written(refuse, trained, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_output_that_goes_nowhere(environment, trained, tmp_path, refuse):
     pipe = tmp_path / "pipe"
-    subprocess.run(["mkfifo", pipe], check=True)  # as /dev/null, which root could replace by a file
+    subprocess.run(["mkfifo", pipe], check=True)  # as /dev/null
     flags = ("--checkpoint", trained, "--json", pipe)
     refuse("test_model.py", *flags, words=["not an ordinary file"])
     command = [sys.executable, "test_model.py", "--checkpoint", str(trained / "model.pt")]

@@ -140,7 +140,7 @@ def test_a_gpu_that_cannot_be_used_is_one_line(call, refuse, tiny, trained, monk
 
 
 def test_weight_of_the_files():
-    """In thousands of bytes, so that it does not creep up. Read more than you write."""
+    """In thousands of bytes, so that it does not creep up."""
     five = [ROOT / name for name in ("model.py", "utils.py", *MAINS)]
     limits = {
         91: five, 74: (ROOT / "extras").glob("*.py"), 132: (ROOT / "tests").glob("*.py"),
