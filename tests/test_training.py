@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, RELEASED
+from conftest import CPU, RELEASED, ROOT
 
 import train
 import utils
@@ -179,6 +179,15 @@ def test_every_flag_changes_what_it_says_and_what_is_learnt(name, build, monkeyp
         if not (torch.equal(value, after[part]) if torch.is_tensor(value) else value == after[part])
     }
     assert changed == {*expected, "trained"}
+
+
+def test_the_specifications_recipe_is_a_command():
+    text = (ROOT / "extras" / "README.md").read_text(encoding="utf-8")
+    (flags,) = re.findall(r"train\.py (--activation relu [^`]*)", text)
+    _, recipe = train.parse_args(flags.replace("\\", "").split())
+    zeros = ("warmup", "hard_fraction", "elastic", "shear", "translate")
+    assert recipe["lr"] == recipe["peak_lr"] == 0.015 and recipe["dropout_until"] == 1
+    assert all(recipe[name] == 0 for name in zeros)
 
 
 OUT_OF_RANGE = {
