@@ -358,7 +358,7 @@ def restore(run: Run, path: Path) -> None:
 
 def what_is_kept(run: Run, args: argparse.Namespace) -> str:
     """What a stopped training leaves, and the command that goes on."""
-    if args.dry_run or not (args.out / "last.pt").exists():
+    if args.dry_run or not (run.history or (args.out / "last.pt").exists()):
         return "Nothing is kept of this training; the same command starts it again."
     words = ["python", "train.py", "--resume", "--out", args.out]
     default, _ = parse_args([])

@@ -115,6 +115,14 @@ def test_a_stop_in_the_first_epoch_says_that_nothing_is_kept(call, tiny, tmp_pat
     assert f"{tmp_path} is finished" in call(*flags, "--resume")[0]
 
 
+def test_a_stop_behind_the_last_write_does_not_say_that_nothing_is_kept(
+    call, tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "print_result", interrupt)
+    flags = ("--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
+    assert "1 of 1 epochs are kept" in call("train.py", *flags, status=130)[1]
+
+
 def test_a_stop_while_it_is_measured_loses_nothing(call, tiny, tmp_path, monkeypatch):
     flags = ("train.py", "--epochs", 1, "--data-dir", tiny, "--out", tmp_path)
     with monkeypatch.context() as patch:
