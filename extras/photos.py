@@ -45,39 +45,23 @@ def read_images(
     """All that is reported of the images in `paths`, ready for JSON, and how many were not read.
 
     With `labels` the name of an image's folder is the right answer, and the accuracy, 0 to 1, is
-    reported too. UserError for a folder whose name is no number, or with `raw` no class.
+    reported too. UserError for a folder that is named after neither a number nor a class.
     """
     files = find_images(paths)
-    for folder in {file.absolute().parent for file in files}:
-        is_number = not raw and folder.name.replace(" ", "").isdecimal()
-        if labels and not is_number and folder.name not in CLASS_NAMES:
-            raise UserError(f"--labels: {folder} is named after no {'class' if raw else 'number'}")
+    if labels:
+        for folder in {file.absolute().parent for file in files}:
+            if folder.name not in CLASS_NAMES and not folder.name.replace(" ", "").isdecimal():
+                raise UserError(f"--labels: {folder} is named after no number")
     images = [report for _, _, report in read_files(model, files, raw)]
     results: dict[str, Any] = {"images": images}
     if labels and images:
         for image in images:
             image["label"] = Path(image["path"]).absolute().parent.name
-        right = sum(is_right(image["number"], image["label"]) for image in images)
+        # Rows do not matter: a folder 4715 is right for 47 above 15.
+        answers = [(image["number"], image["label"]) for image in images]
+        right = sum(a.replace(" ", "") == b.replace(" ", "") for a, b in answers)
         results.update(accuracy=right / len(images), right=right, labelled=len(images))
     return results, len(files) - len(images)
-
-
-def is_right(number: str, label: str) -> bool:
-    """Whether `label` says the same as `number`, whatever its rows; 07 does for a single 7."""
-    label = label.replace(" ", "")
-    is_same = len(number) == 1 and number.lstrip("0") == label.lstrip("0")
-    return is_same or number.replace(" ", "") == label
-
-
-def print_images(results: dict[str, Any]) -> None:
-    """Print what `read_images` returned: a line for each image, and the accuracy if known."""
-    for image in results["images"]:
-        guess = f"\tor perhaps {image['second_guess']}" if "second_guess" in image else ""
-        doubt = f"\t{image['doubt']}" if "doubt" in image else ""
-        print(f"{image['path']}\t{image['number']}\t{image['confidence']:.4f}{guess}{doubt}")
-    if "accuracy" in results:
-        share = f"{results['right']} of {results['labelled']}"
-        print(f"Accuracy: {results['accuracy']:.2%} ({share})")
 
 
 def read_files(
@@ -99,7 +83,9 @@ def read_files(
             utils.say("warning", str(error))
             continue
         report = describe(path, classify(model, digits, tta=not raw), row_lengths)
-        yield image, digits, {**report, "doubt": MORE} if is_doubtful else report
+        if is_doubtful:
+            report["doubt"] = MORE
+        yield image, digits, report
 
 
 def classify(model: nn.Module, digits: Tensor, tta: bool = True) -> Tensor:
@@ -109,7 +95,7 @@ def classify(model: nn.Module, digits: Tensor, tta: bool = True) -> Tensor:
 
 
 def describe(path: Path, probabilities: Tensor, row_lengths: Sequence[int]) -> dict[str, Any]:
-    """The report on one image: `probabilities` (N, 10) of its digits, so many in each row."""
+    """The report on one image: `probabilities` (N, 10) of its digits, `row_lengths` per row."""
     confidences, digits = probabilities.max(1)
     each = zip(digits.tolist(), confidences.tolist(), probabilities.tolist())
     report = {
@@ -131,8 +117,8 @@ def second_guess(probabilities: Tensor, row_lengths: Sequence[int] = ()) -> str 
 
 
 def digits_to_text(digits: Tensor, row_lengths: Sequence[int] = ()) -> str:
-    """Digits (N,) as a string, with a blank between rows of so many; one row if not told."""
-    rows = digits.split(list(row_lengths) or len(digits))
+    """Digits (N,) as a string, with a blank between rows of `row_lengths`; one row without."""
+    rows = digits.split(list(row_lengths or [len(digits)]))
     return " ".join("".join(CLASS_NAMES[digit] for digit in row) for row in rows)
 
 
@@ -141,47 +127,40 @@ def digits_to_text(digits: Tensor, row_lengths: Sequence[int] = ()) -> str:
 MIN_SIDE = 8  # pixels: smaller images are refused
 MAX_PIXELS = 64 * 2**20  # larger images are refused
 WORK_SIZE = 512  # pixels a side: larger images are averaged down to this first
-STRIP = 4  # times as long as high: what is longer is a strip, and stays larger
-LONGEST = 16  # times as long as other images is a strip at most
-DARK = 0.05  # of what is visible: with less of it dark, a transparent image is a light drawing
-FRAMES = {"GIF", "PNG", "WEBP", "AVIF"}  # formats that move
-HEIF = {".heic", ".heif"}  # the format of iPhones
-HEIF_PACKAGE = "pillow-heif"
+STRIP = 4  # times as long as wide, or more: a strip, which stays larger
+FRAMES = {"GIF", "PNG", "WEBP", "AVIF"}  # formats with animations
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """The files of `paths`, with * and ? expanded, and the images in its folders, at any depth.
 
-    An image has an ending that Pillow reads. A warning names the other files. A folder without any
-    image stands for itself.
+    An image has an ending that Pillow reads. A warning tells the other endings. Names that begin
+    with . are left out. A folder without any image is kept, for an error later.
     """
     readable = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = []
     skipped = []
     for pattern in paths:
-        matches = [] if os.path.exists(pattern) else sorted(map(Path, glob.glob(str(pattern))))
+        is_name = os.path.exists(pattern)  # which may hold a * or [
+        matches = [] if is_name else sorted(map(Path, glob.glob(str(pattern))))
         for path in matches or [pattern]:
-            files = visible_files(path) if os.path.isdir(path) else []  # Path's fails on long names
+            below = glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True)
+            files = [file for file in sorted(map(Path, below)) if os.path.isfile(file)]
             images = [file for file in files if file.suffix.lower() in readable]
-            found += sorted(images) or [path]
-            skipped += [file.suffix.lower() for file in files if file not in images]
+            found += images or [path]
+            endings = [file.suffix.lower() for file in files]
+            skipped += [ending or "no ending" for ending in endings if ending not in readable]
     if skipped:
-        needs = {kind: f"{kind} (needs {HEIF_PACKAGE})" for kind in HEIF} | {"": "no ending"}
-        kinds = ", ".join(needs.get(kind, kind) for kind in sorted(set(skipped)))
-        utils.say("warning", f"{len(skipped)} file{'s' * (len(skipped) > 1)} skipped: {kinds}")
+        kinds = ", ".join(sorted(set(skipped)))
+        needs = " (.heic needs pip install pillow-heif)" if ".heic" in skipped else ""
+        utils.say("warning", f"{len(skipped)} files skipped: {kinds}{needs}")
     return found
-
-
-def visible_files(folder: Path) -> list[Path]:
-    """The files below `folder`, at any depth, without those whose name or folder begins with ."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    return [f for f in files if not any(p.startswith(".") for p in f.relative_to(folder).parts)]
 
 
 def read_number(path: str | Path) -> tuple[Image.Image, Tensor]:
     """The image at `path`, RGB, and its digits as MNIST has them: uint8 (N, 28, 28), ink 255.
 
-    Raises UserError, one line naming the file, if it cannot be read or is blank.
+    UserError, one line naming the file, if it cannot be read or is blank.
     """
     return read_rows(path)[:2]
 
@@ -189,42 +168,48 @@ def read_number(path: str | Path) -> tuple[Image.Image, Tensor]:
 def read_raw(path: str | Path) -> tuple[Image.Image, Tensor]:
     """The image at `path`, RGB, and as the network sees it, ink 255: uint8 (1, 28, 28).
 
-    Raises UserError, one line naming the file, if it has another size.
+    UserError, one line naming the file, if it has another size.
     """
-    image = open_image(path)
+    image, _ = open_image(path)
     width, height = image.size
-    if width != IMAGE_SIZE or height != IMAGE_SIZE:
+    if image.size != (IMAGE_SIZE, IMAGE_SIZE):
         raise UserError(f"{path}: {width} x {height} pixels; --raw needs {IMAGE_SIZE} a side")
     return image, torch.from_numpy(np.array(image.convert("L")))[None]
 
 
 def read_rows(path: str | Path) -> tuple[Image.Image, Tensor, list[int], bool]:
-    """As `read_number`; how many digits are in each row; whether there are perhaps more digits."""
-    image = open_image(path)
-    for channel in (image.convert("L"), *image.split()):  # red ink on green may be blank in grey
+    """The image and its digits, the number of digits in each row, and whether there may be more."""
+    image, alpha = open_image(path)
+    # Red on green may vanish in grey; white chalk on transparency, once we put white below.
+    for channel in (image.convert("L"), *image.split(), alpha):
         gray = torch.from_numpy(np.asarray(channel, np.float32) / 255)
-        rows, is_doubtful = find_digits(erase_lines(erase_lines(gray).t()).t().contiguous())
+        gray = erase_lines(gray)  # across
+        gray = erase_lines(gray.t()).t()  # and down
+        rows, is_doubtful = find_digits(gray.contiguous())
         if rows:
             return image, torch.cat(rows), [len(row) for row in rows], is_doubtful
     raise UserError(f"{path}: blank, no ink found")
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """The image as people see it: upright, without transparency; RGB, about 512 pixels a side."""
+def open_image(path: str | Path) -> tuple[Image.Image, Image.Image]:
+    """The image as people see it, upright, on white, RGB, about 512 pixels a side; its alpha."""
     image = load_image(path)
     if image.mode[0] in "IF":  # 16 bits or floating point, to be stretched
-        values = np.asarray(ImageOps.exif_transpose(image), np.float32)
+        values = np.asarray(image, np.float32)
         values = (values - values.min()) * (255 / max(np.ptp(values), 1e-6))
         image = Image.fromarray(np.uint8(values))
     elif image.mode not in ("L", "RGB") or image.has_transparency_data:
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    image = ImageOps.exif_transpose(image.reduce(math.ceil(strip_side(image.size) / WORK_SIZE)))
-    return (on_backdrop(image) if image.mode == "RGBA" else image).convert("RGB")
+        image = image.convert("RGBA")
+    image = ImageOps.exif_transpose(image.reduce(math.ceil(scale_side(image.size) / WORK_SIZE)))
+    image = image.convert("RGBA")
+    paper = Image.new("RGBA", image.size, "white")
+    paper.alpha_composite(image)
+    return paper.convert("RGB"), image.getchannel("A")
 
 
-def strip_side(size: Sequence[int]) -> int:
-    """The longer side of an image of `size`, or of a strip STRIP times the shorter one."""
-    return max(min(max(size), STRIP * min(size)), max(size) // LONGEST)
+def scale_side(size: Sequence[int]) -> int:
+    """The side that scaling goes by: the longer, at most STRIP times the shorter."""
+    return min(max(size), STRIP * min(size))
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -232,10 +217,10 @@ def load_image(path: str | Path) -> Image.Image:
     if os.path.isdir(path):
         raise UserError(f"{path}: no images in this folder")
     try:
-        with warnings.catch_warnings(record=True), Image.open(path) as image:  # of odd files
+        with warnings.catch_warnings(record=True), Image.open(path) as image:
             width, height = image.size
             if min(width, height) < MIN_SIDE:
-                raise ValueError(f"{width} x {height} pixels are too few, {MIN_SIDE} are needed")
+                raise ValueError(f"{width} x {height} pixels are too few")
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width} x {height} pixels are too many")
             image.draft(None, (WORK_SIZE, WORK_SIZE))  # decodes a large JPEG at a half or less
@@ -243,75 +228,50 @@ def load_image(path: str | Path) -> Image.Image:
             if image.format == "TIFF" and count > 1:
                 utils.say("warning", f"{path}: only the first of {count} pages is read")
             if image.format in FRAMES and count > 1:
-                return last_frame(image)
+                frames = (frame.convert("RGBA") for frame in ImageSequence.Iterator(image))
+                # The one with most ink: its colours and alpha vary most.
+                return max(frames, key=lambda frame: sum(ImageStat.Stat(frame).stddev))
             image.load()
             return image
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
         reason = getattr(error, "strerror", None) or utils.one_line(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            reason = "no image Pillow can read"
-            if Path(path).suffix.lower() in HEIF - set(Image.registered_extensions()):
-                reason = f"needs the package {HEIF_PACKAGE}: pip install {HEIF_PACKAGE}"
+            reason = "no image Pillow can read (.heic needs pip install pillow-heif)"
         raise UserError(f"{path}: {reason}") from error
-
-
-def last_frame(image: Image.Image) -> Image.Image:
-    """The last frame with ink, where a digit that draws itself is complete."""
-    last = None
-    for frame in ImageSequence.Iterator(image):
-        ranges = frame.convert("RGBA").getextrema()
-        has_ink = any(high - low > 255 * MIN_CONTRAST for low, high in ranges)
-        if has_ink or last is None:
-            last = frame.copy()
-    return last
-
-
-def on_backdrop(image: Image.Image) -> Image.Image:
-    """RGBA on white, or on black if all of its visible part is light, but for an edge."""
-    visible = image.getchannel("A").point(lambda alpha: alpha > 127 and 255)
-    dark = ImageStat.Stat(image.convert("L").point(lambda value: value < 128 and 255), visible)
-    is_light = dark.sum[0] <= 255 * DARK * dark.count[0]
-    backdrop = Image.new("RGBA", image.size, "black" if is_light else "white")
-    backdrop.alpha_composite(image)
-    return backdrop
 
 
 # --- From an image to rows of parts ---
 
-OVERVIEW_SIZE = 128  # pixels a side: a digit in a row of ten is still ten pixels high
-WINDOW = 2 / 5  # of the shorter side: wider than strokes, narrower than most shadows and sheets
-CLEAR = 8  # pixels: where digits are lower, the overview is made twice as large
+OVERVIEW_SIZE = 128  # pixels a side: a digit in a row of ten is still ten pixels tall
+WINDOW = 2 / 5  # of the shorter side: narrower marks are ink
 WIDE = 1.5  # times its height: a wider digit is perhaps two that touch
 NARROW = 3 / 4  # of a digit's height, once it is known: anything wider is no stroke
 
 
-def find_digits(gray: Tensor, size: int = 0) -> tuple[list[Tensor], bool]:
+def find_digits(gray: Tensor) -> tuple[list[Tensor], bool]:
     """The digits of each row in `gray`, uint8 (N, 28, 28), and whether there are perhaps more.
 
-    Rows are found in an overview, whose longer side has `size` pixels, and that twice. The second
-    time the height of the digits is known, and paper is what is wider than their strokes.
+    Rows are found twice in an overview: with WINDOW, then with NARROW, once the height is known.
     """
-    size = size or OVERVIEW_SIZE * max(gray.shape) // strip_side(gray.shape)
+    size = OVERVIEW_SIZE * max(gray.shape) // scale_side(gray.shape)
     overview = fit_within(gray, size)
     tile = find_tile(overview)
     if tile:
         top, bottom, left, right = (round(n * max(gray.shape) / size) for n in tile)
-        inside = find_digits(gray[top:bottom, left:right])
-        if inside[0]:
-            return inside
+        found = find_digits(gray[top:bottom, left:right])
+        if found[0]:
+            return found
     if asymmetry(overview) > LIGHT:
         gray = 1 - gray
         overview = 1 - overview
     pixel = math.ceil(size / max(gray.shape))
     window = int(WINDOW * min(overview.shape))
     rows, _ = find_rows(ink_depth(overview, find_paper(overview, window)), pixel)
-    height = typical_height(sum(rows, []))
-    if height < CLEAR and size < max(gray.shape):
-        return find_digits(gray, min(2 * size, max(gray.shape)))
+    height = typical_height([part for row in rows for part in row])
     paper = find_paper(overview, min(window, int(NARROW * height)))
     rows, others = find_rows(ink_depth(overview, paper), pixel)
     digits = [cut_row(gray, paper, row) for row in rows]
-    is_doubtful = any(could_be_digit(part, row, overview) for part in others for row in rows)
+    is_doubtful = any(could_be_digit(part, row) for part in others for row in rows)
     is_doubtful |= any(is_wide(digit) for row in digits for digit in row)
     return [torch.stack(row) for row in digits if row], is_doubtful
 
@@ -338,10 +298,10 @@ def ink_depth(gray: Tensor, paper: Tensor) -> Tensor:
 THIN = 1 / 48  # of a line's length: a printed line is thinner, a pen's stroke hardly ever
 SLOPE = 0.12  # at most: paper in a photo lies up to 7 degrees askew
 SLOPES = 21  # are tried, from -SLOPE to SLOPE
-BLOCKS = 24  # of columns: in each the line has one height
-GAPS = 0.3  # of the blocks: in so many a line may be faded or hidden
-LINE = 0.03  # of the paper's light, above what noise takes: a paler line does no harm
-OPEN_END = 1 / 2  # of the line's depth: less of it in the outer blocks, and it is somebody's stroke
+BLOCKS = 24  # of columns: in each the line stays in one row
+GAPS = 0.3  # of the blocks, the palest, do not count: a line may be faded or hidden
+LINE = 0.03  # deeper than the median of all places: a paler line does no harm
+OPEN_END = 1 / 2  # of the line's depth: with less at either end, it is a stroke
 DEEPER = 3  # times the line's depth: that is ink which crosses it, and it stays
 
 
@@ -353,39 +313,40 @@ def erase_lines(gray: Tensor) -> Tensor:
     """
     height, width = gray.shape
     side = 2 * round(THIN * width / 2) + 1
-    darker = F.pad(gray, [0, 0, side, side])  # beyond the border, so that dark edges are not thin
-    paper = -dilate_along_y(-dilate_along_y(darker, side), side)[side:-side]
+    padded = F.pad(gray, [0, 0, side, side])  # black above and below: a dark edge is not thin
+    paper = -dilate_along_y(-dilate_along_y(padded, side), side)[side:-side]
     depth = (paper - gray) / paper.clamp(min=0.2)  # of marks that are thin along y
-    thin = dilate_along_y(depth, 3)[::2]  # half of the rows are enough
-    thin = F.adaptive_avg_pool2d(thin[None], (len(thin), BLOCKS))[0]
+    thin = dilate_along_y(depth, 3)[::2]  # every second row: y is halved from here on
+    blocks = F.adaptive_avg_pool1d(thin, BLOCKS)
     middles = (torch.arange(BLOCKS) + 0.5) * width / BLOCKS - width / 2
     rise = (torch.linspace(-SLOPE, SLOPE, SLOPES)[:, None] * middles / 2).round().long()
     room = int(rise.max())
-    thin = F.pad(thin, [0, 0, room, room], value=math.inf)  # beyond the image a line may go on
-    first_rows = torch.arange(room, len(thin) - room)
+    blocks = F.pad(blocks, [0, 0, room, room], value=math.inf)  # a gap, but no OPEN_END
+    first_rows = torch.arange(room, len(blocks) - room)
     places = (first_rows[:, None, None] + rise).flatten(0, 1)  # a line's row in each block: (N, 24)
-    depths = thin.gather(0, places).nan_to_num(posinf=0).kthvalue(1 + int(GAPS * BLOCKS)).values
-    bent = dilate_along_y(thin, 5).gather(0, places)  # paper bends at its edges
-    ends = torch.minimum(bent[:, :2].amax(1), bent[:, -2:].amax(1))
+    depths = blocks.gather(0, places).nan_to_num(posinf=0).kthvalue(1 + int(GAPS * BLOCKS)).values
+    nearby = dilate_along_y(blocks, 5).gather(0, places)  # paper bends at its edges
+    ends = torch.minimum(nearby[:, :2].amax(1), nearby[:, -2:].amax(1))
     is_line = (depths > depths.median() + LINE) & (ends > OPEN_END * depths)
     found = torch.where(is_line, depths, 0.0)[:, None].expand(places.shape)
-    lines = torch.zeros_like(thin).scatter_reduce(0, places, found, "amax")
-    lines = dilate_along_y(lines, 3)[room : len(thin) - room]
+    lines = torch.zeros_like(blocks).scatter_reduce(0, places, found, "amax")
+    lines = dilate_along_y(lines, 3)[room : len(blocks) - room]
     lines = lines[torch.arange(height) // 2][:, torch.arange(width) * BLOCKS // width]
+    # Erases marks up to DEEPER / 2 times as deep as the line, and none from DEEPER on.
     return gray + paper * torch.minimum(depth, (DEEPER * lines - depth).clamp(min=0))
 
 
 # --- Whether ink is dark or light, and tiles ---
 
-SKEW_SIZE = 32  # pixels a side, to tell ink from paper by its rarity
-LIGHT = 0.9  # of asymmetry: with more of it the ink is light; a photo's uneven light has some, too
-BORDER = 0.25  # at most, of asymmetry: a tight digit has paper at the border, a sheet has a desk
+SKEW_SIZE = 32  # pixels a side: the rarer here, light or dark, is ink
+LIGHT = 0.9  # asymmetry above which ink is light; a photo's shadows have some, too
+BORDER = 0.25  # what the border counts at most: it may be paper, or a desk around a sheet
 TILE = 1 / 4  # of the longer side: a smaller rectangle is no tile
 SOLID = 0.9  # of an edge: what is less complete is no tile
 
 
 def asymmetry(gray: Tensor) -> float:
-    """How much `gray` looks like light ink on dark: ink is rare, and it is not at the border."""
+    """Skewness less the border's mean: high where light is rare and not at the border, as ink."""
     gray = fit_within(gray, SKEW_SIZE)
     flat = gray - resize(resize(gray, 3, 3), *gray.shape)  # without uneven light
     flat = (flat - flat.mean()) / flat.std().clamp(min=1e-6)
@@ -394,23 +355,22 @@ def asymmetry(gray: Tensor) -> float:
 
 
 def find_tile(gray: Tensor) -> tuple[int, int, int, int] | None:
-    """The inside of a solid rectangle, such as a saved figure: top, bottom, left, right."""
+    """The inside of a tile, a solid rectangle around digits: top, bottom, left, right."""
     level = (gray.min() + gray.max()) / 2
     for part in find_parts(gray - level, 0) + find_parts(level - gray, 0):
-        inside = part.top + 3, part.bottom - 3, part.left + 3, part.right - 3
         is_large = min(part.height, part.width) > TILE * max(gray.shape)
         if is_large and part.height < gray.shape[0] and part.width < gray.shape[1]:
             mask = mask_of([part], gray)[part.top : part.bottom, part.left : part.right].float()
             edges = mask[2], mask[-3], mask[:, 2], mask[:, -3]
             if mask.mean() > 1 / 2 and min(edge.mean() for edge in edges) > SOLID:
-                return inside
+                return part.top + 3, part.bottom - 3, part.left + 3, part.right - 3
     return None
 
 
 # --- Parts ---
 
 MIN_PIXELS = 4  # smaller parts are noise
-MAX_PARTS = 200  # so are more parts
+MAX_PARTS = 200  # the heaviest; the rest is noise
 
 
 class Part:
@@ -428,9 +388,9 @@ class Part:
 
     def gap(self, other: Part) -> int:
         """How far apart the boxes are, along x or y, whichever is more; 0 where they meet."""
-        along = max(self.left, other.left) - min(self.right, other.right)
-        across = max(self.top, other.top) - min(self.bottom, other.bottom)
-        return max(along, across, 0)
+        gap_x = max(self.left, other.left) - min(self.right, other.right)
+        gap_y = max(self.top, other.top) - min(self.bottom, other.bottom)
+        return max(gap_x, gap_y, 0)
 
     def is_inside(self, other: Part) -> bool:
         """Whether the box of `other` surrounds this one's."""
@@ -440,15 +400,15 @@ class Part:
     def is_off_border(self, image: Tensor) -> bool:
         """Whether this part does not touch the border of `image` (H, W)."""
         height, width = image.shape
-        return 0 < self.top and self.bottom < height and 0 < self.left and self.right < width
+        return self.top > 0 and self.left > 0 and self.bottom < height and self.right < width
 
     def is_cut(self, image: Tensor) -> bool:
-        """Whether half of the height of this part is at the left or right border of `image`."""
+        """Whether half of its height is at the left or right border of `image`: a fingertip."""
         at_border = np.isin(self.x, (0, image.shape[1] - 1)).sum()
         return bool(at_border > self.height / 2)
 
     def is_in_line(self, other: Part) -> bool:
-        """Whether more than half of the height of the less high one is beside the other."""
+        """Whether the two share more than half of the shorter one's height."""
         shared = min(self.bottom, other.bottom) - max(self.top, other.top)
         return shared > min(self.height, other.height) / 2
 
@@ -465,16 +425,17 @@ def find_parts(depth: Tensor, level: float) -> list[Part]:
     neighbours = numbers[:-1, 2:], numbers[1:, :-2], numbers[1:, 1:-1], numbers[1:, 2:]
     pairs = [np.stack([here, there])[:, (here > 0) & (there > 0)] for there in neighbours]
     a, b = np.concatenate(pairs, 1)
-    number = np.arange(mask.sum() + 1)
+    root = np.arange(mask.sum() + 1)  # of each number; from 1 on in the order of y, x below
     while len(a):
-        np.minimum.at(number, np.maximum(a, b), np.minimum(a, b))
-        while (number != number[number]).any():
-            number = number[number]
-        a, b = number[np.stack([a, b])][:, number[a] != number[b]]
+        np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
+        while (root != root[root]).any():
+            root = root[root]
+        differ = root[a] != root[b]
+        a, b = root[a[differ]], root[b[differ]]
     y, x = (places - 1 for places in mask.nonzero())
     ink = depth.numpy()[y, x]
-    order = np.argsort(number[1:], kind="stable")
-    pieces = np.split(order, np.flatnonzero(np.diff(number[1:][order])) + 1)
+    _, sizes = np.unique(root[1:], return_counts=True)
+    pieces = np.split(np.argsort(root[1:], kind="stable"), sizes.cumsum()[:-1])
     parts = [Part(y[p], x[p], ink[p]) for p in pieces if len(p) >= MIN_PIXELS]
     return sorted(parts, key=lambda part: -part.mass)[:MAX_PARTS]
 
@@ -488,7 +449,7 @@ def mask_of(parts: list[Part], like: Tensor) -> Tensor:
 
 
 def typical_height(parts: list[Part]) -> int:
-    """The height that half of the ink does not exceed; 0 without ink."""
+    """The median height, each part counted by its pixels; 0 without parts."""
     if not parts:
         return 0
     pixels = [len(part.y) for part in parts]
@@ -499,28 +460,23 @@ def typical_height(parts: list[Part]) -> int:
 
 MIN_CONTRAST = 0.03  # of the paper's brightness: fainter marks are paper
 INK_LEVEL = 1 / 3  # of the darkest ink's depth: fainter marks are shadow or noise
-FAINT = 1 / 2  # of that level: enough for ink that touches ink, so that light strokes do not break
-MIN_STEP = 0.4  # of the depth, from pixel to pixel: ink has edges, shadows and folds at most 0.3
+FAINT = 1 / 2  # of that level: enough beside such ink (hysteresis), so that strokes do not break
+MIN_STEP = 0.4  # of the depth, from pixel to pixel: ink has sharp edges; shadows reach 0.3
 ENCLOSED = 0.05  # of a part's ink: with as much inside, it is a frame; specks in a zero are less
-FLAT = 8  # times its own height: a part that is wider, and wider than digits are high, is a line
-MIN_HEIGHT = 1 / 2  # a lower part starts no row
-MAX_HEIGHT = 2  # a higher part is no digit of the row
-FRAME = 1.2  # a part that surrounds digits and is as high is a frame
-THICK = 2  # times the width of a digit's strokes: what is as wide is none
-NEAR = 1 / 2  # a small part belongs to a digit that is nearer than this
+FLAT = 8  # times its own height, and a digit's height: a part wider than both is a line
+MIN_HEIGHT = 1 / 2  # of a digit's height: a shorter part starts no row
+MAX_HEIGHT = 2  # of it: a taller part is no digit of the row
+FRAME = 1.2  # of it: what surrounds digits and is taller is a frame
 
 
 def find_rows(depth: Tensor, pixel: int) -> tuple[list[list[Part]], list[Part]]:
     """The ink in `depth` (H, W) that may be digits, as rows from the top, and the other parts.
 
-    A pixel of the image is `pixel` pixels wide here.
+    `pixel`: how many pixels wide one of the original image is in `depth`, at least 1.
     """
-    parts = find_parts(depth, INK_LEVEL * depth.max())
-    inner = [part for part in parts if part.is_off_border(depth)]
-    darkest = (inner[0].ink if inner else depth).max().item()
-    level = max(INK_LEVEL * darkest, MIN_CONTRAST)
+    level = max(INK_LEVEL * depth.max().item(), MIN_CONTRAST)
     around = 2 * pixel + 1
-    step = dilate(depth, around) + dilate(-depth, around)
+    step = dilate(depth, around) + dilate(-depth, around)  # maximum - minimum
     parts = [
         part
         for part in find_parts(depth, FAINT * level)
@@ -528,8 +484,8 @@ def find_rows(depth: Tensor, pixel: int) -> tuple[list[list[Part]], list[Part]]:
         and np.quantile(step[part.y, part.x], 0.9) > MIN_STEP * part.ink.max()
     ]
     inner = [part for part in parts if part.is_off_border(depth)] or parts
-    inside = [sum(other.mass for other in inner if other.is_inside(part)) for part in inner]
-    marks = [part for part, mass in zip(inner, inside) if mass <= ENCLOSED * part.mass]
+    enclosed = [sum(other.mass for other in inner if other.is_inside(part)) for part in inner]
+    marks = [part for part, mass in zip(inner, enclosed) if mass <= ENCLOSED * part.mass]
     rows = group_rows(marks, parts, depth) if marks else []
     return rows, [part for part in parts if not any(part in row for row in rows)]
 
@@ -543,8 +499,6 @@ def group_rows(marks: list[Part], parts: list[Part], image: Tensor) -> list[list
     rows: list[list[Part]] = []
     for part in sorted(tall, key=lambda part: part.left):
         near = [row for row in rows if any(part.is_in_line(other) for other in row[-2:])]
-        if len(tall) == 2 and rows and is_split(*tall):
-            near = rows
         if near:
             max(near, key=lambda row: row[-1].right).append(part)
         else:
@@ -552,47 +506,35 @@ def group_rows(marks: list[Part], parts: list[Part], image: Tensor) -> list[list
     for part in parts:
         if part not in tall:
             row = min(rows, key=lambda row: min(part.gap(other) for other in row))
-            is_back = len(row) > 1 and not part.is_cut(image) and could_be_digit(part, row, image)
-            if part in marks or is_back:
+            is_digit = len(row) > 1 and not part.is_cut(image) and could_be_digit(part, row)
+            if part in marks or is_digit:
                 row.append(part)
     return sorted(rows, key=lambda row: min(part.top for part in row))
 
 
-def is_split(a: Part, b: Part) -> bool:
-    """Whether two parts are one digit, as a 5 and its bar: near each other, and one is low."""
-    low, high = sorted([a.height, b.height])
-    return a.gap(b) < NEAR * high and low < LOW * high
-
-
-def could_be_digit(part: Part, row: list[Part], image: Tensor) -> bool:
-    """Whether `part` stands in line with a `row`, is about as high, and consists of strokes."""
+def could_be_digit(part: Part, row: list[Part]) -> bool:
+    """Whether `part` stands in line with a `row`, and is about as tall."""
     height = typical_height(row)
     surrounds = any(digit.is_inside(part) for digit in row)
-    highest = FRAME if surrounds else MAX_HEIGHT
-    as_high = MIN_HEIGHT * height < part.height < highest * height
-    if not (as_high and part.is_in_line(min(row, key=part.gap))):
-        return False
-    return stroke_width([part], image) < THICK * stroke_width(row, image)
-
-
-def stroke_width(parts: list[Part], image: Tensor) -> float:
-    """The mean width of the strokes of `parts` in `image` (H, W), in pixels: 2 area / outline."""
-    return 2 * sum(len(part.y) for part in parts) / outline(mask_of(parts, image).float())
+    most = FRAME if surrounds else MAX_HEIGHT
+    is_as_tall = MIN_HEIGHT * height < part.height < most * height
+    return is_as_tall and part.is_in_line(min(row, key=part.gap))
 
 
 # --- Digits of a row ---
 
 FINE = 80  # pixels: the height at which digits are cut out
-ROOM = 0.15  # around a row may be ink that the overview was too coarse to see
+ROOM = 0.15  # of a digit's height, around a row: for ink too fine for the overview
 MIN_PART = 0.03  # of the heaviest part's ink: smaller parts are specks
-SMALL = 0.35  # a lower part joins a digit that is NEAR; alone it is no digit
-LOW = 0.6  # a lower part joins a digit that is a CRACK away
-CRACK = 0.08
+SMALL = 0.35  # of a digit's height: a shorter part joins a digit that is NEAR, or is dropped
+NEAR = 1 / 2  # of a digit's height
+LOW = 0.6  # of it: a shorter part joins a digit that is a CRACK away
+CRACK = 0.12  # of it
 MAX_POINTS = 1500  # of a part are compared
 
 
 def cut_row(gray: Tensor, paper: Tensor, row: list[Part]) -> list[Tensor]:
-    """The digits of a `row` of the overview `paper` (h, w), cut from `gray` (H, W), from the left.
+    """The digits of `row`, on the grid of `paper` (h, w), cut from `gray` (H, W), from the left.
 
     Each is uint8 (28, 28).
     """
@@ -604,44 +546,43 @@ def cut_row(gray: Tensor, paper: Tensor, row: list[Part]) -> list[Tensor]:
     right = min(paper.shape[1], max(part.right for part in row) + room)
     zoom = FINE / height
     size = round(zoom * (bottom - top)), round(zoom * (right - left))
-    down, across = (of_gray / of_paper for of_gray, of_paper in zip(gray.shape, paper.shape))
-    y = slice(round(top * down), round(bottom * down))
-    x = slice(round(left * across), round(right * across))
+    scale_y, scale_x = (of_gray / of_paper for of_gray, of_paper in zip(gray.shape, paper.shape))
+    y = slice(round(top * scale_y), round(bottom * scale_y))
+    x = slice(round(left * scale_x), round(right * scale_x))
     known = resize(mask_of(row, paper)[top:bottom, left:right].float(), *size).numpy() > 0.5
     depth = ink_depth(resize(gray[y, x], *size), resize(paper[top:bottom, left:right], *size))
-    ink = depth / (INK_LEVEL * depth.max())
-    parts = [part for part in find_parts(ink, FAINT) if part.ink.max() > 1]
+    level = INK_LEVEL * depth.max().item()
+    parts = [part for part in find_parts(depth, FAINT * level) if part.ink.max() > level]
     parts = [part for part in parts if known[part.y, part.x].any()]
     masks = [mask_of([digit], depth) for digit in join_parts(parts)]
-    return [prepare(depth, dilate(mask.float(), 3) * (mask | (ink <= FAINT))) for mask in masks]
+    return [prepare(depth, dilate(mask.float(), 3)) for mask in masks]
 
 
 def join_parts(parts: list[Part]) -> list[Part]:
     """The digits that the `parts` of a row make, from the left. `parts` begin with the heaviest."""
     parts = [part for part in parts if part.mass >= MIN_PART * parts[0].mass]
     height = typical_height(parts)
-    crack = CRACK * (1 if len(parts) > 2 else 2)  # two parts are more often one digit
     digits: list[Part] = []
     for part in parts:
-        beyond = [distance_beyond(part, digit, height, crack) for digit in digits]
+        beyond = [distance_beyond(part, digit, height) for digit in digits]
         if min(beyond, default=0) < 0:
             digit = digits.pop(beyond.index(min(beyond)))
-            places = ((a.y, a.x, a.ink) for a in (digit, part))
-            part = Part(*(np.concatenate(both) for both in zip(*places)))
+            pairs = zip((digit.y, digit.x, digit.ink), (part.y, part.x, part.ink))
+            part = Part(*map(np.concatenate, pairs))
         digits.append(part)
     digits = [part for part in digits if part.height >= SMALL * height]
     return sorted(digits, key=lambda part: part.left + part.right)
 
 
-def distance_beyond(a: Part, b: Part, height: int, crack: float) -> float:
-    """How much farther apart two inks are than strokes of one digit, in pixels; one is below 0.
+def distance_beyond(a: Part, b: Part, height: int) -> float:
+    """How much farther apart two parts are than within a digit, in pixels; below 0 they are one.
 
-    `height` is a digit's, in pixels. `crack` is a share of it.
+    Any larger number is returned as 0. `height` is a digit's, in pixels.
     """
     shared = min(a.right, b.right) - max(a.left, b.left)
-    low = min(a.height, b.height) / height
-    near = crack * height if low < LOW else 0
-    if shared > min(a.width, b.width) / 2 or low < SMALL:  # one above the other, or a dash
+    shorter = min(a.height, b.height) / height
+    near = CRACK * height if shorter < LOW else 0
+    if shared > min(a.width, b.width) / 2 or shorter < SMALL:  # one above the other, or a dash
         near = NEAR * height
     if a.gap(b) >= near:
         return 0
@@ -652,7 +593,7 @@ def distance_beyond(a: Part, b: Part, height: int, crack: float) -> float:
 # --- MNIST's form ---
 
 DIGIT_SIZE = 20  # MNIST's digits fit into 20 x 20 of the 28 x 28 pixels
-ZOOM = 3  # factor of the size at which a digit is prepared
+ZOOM = 3  # times MNIST's size, while a digit is prepared
 MIN_STROKE = 2.0  # pixels: thinner pens are thickened; most of MNIST's strokes are 1.6 to 3.6 wide
 
 
@@ -660,12 +601,12 @@ def prepare(depth: Tensor, place: Tensor) -> Tensor:
     """The digit in `depth` (H, W) where `place` (H, W) is above 0, as in MNIST: uint8 (28, 28)."""
     digit = fit_within(crop(depth * place, place > 0), ZOOM * (DIGIT_SIZE + 4))
     full = digit[digit > 0.4 * digit.max()].quantile(0.6)  # the middle of a stroke
-    ink = (2 * digit / full - 0.5).clamp(0, 1)
+    ink = (2 * digit / full - 0.5).clamp(0, 1)  # 0 at full / 4, 1 at full * 3 / 4
     ink = crop(ink, ink > 0.5)
-    pixel = max(ink.shape) / DIGIT_SIZE
+    pixel = max(ink.shape) / DIGIT_SIZE  # one of MNIST's
     ink = F.pad(ink, [2 * ZOOM] * 4)
-    missing = MIN_STROKE * pixel - 2 * ink.sum().item() / outline(ink)
-    ink = dilate(ink, 2 * round(max(missing, 0) / 2) + 1)
+    stroke = 2 * ink.sum().item() / outline(ink)  # its width
+    ink = dilate(ink, 2 * round(max(MIN_STROKE * pixel - stroke, 0) / 2) + 1)
     ink = fit_within(crop(ink, ink > 0.5), DIGIT_SIZE)
     height, width = ink.shape
     mass = ink.sum()  # its centre comes to pixel (14, 14)
@@ -676,7 +617,7 @@ def prepare(depth: Tensor, place: Tensor) -> Tensor:
 
 
 def outline(ink: Tensor) -> float:
-    """The length of the edges in `ink` (H, W), 0 to 1, in pixels."""
+    """The length in pixels of the edges in `ink` (H, W): the sum of its gradient."""
     return torch.hypot(ink.diff(dim=0)[:, 1:], ink.diff(dim=1)[1:]).sum().item()
 
 
@@ -701,13 +642,7 @@ def dilate(image: Tensor, side: int) -> Tensor:
 
 def dilate_along_y(image: Tensor, side: int) -> Tensor:
     """The maximum of (H, W) over `side` pixels above, at and below each pixel."""
-    image = F.pad(image, [0, 0, side // 2, side // 2], value=-math.inf)
-    reach = 1  # of the maximum so far; it doubles
-    while reach < side:
-        step = min(reach, side - reach)
-        image = torch.maximum(image[:-step], image[step:])
-        reach += step
-    return image
+    return F.max_pool1d(image.t(), side, 1, side // 2).t()
 
 
 def crop(image: Tensor, mask: Tensor) -> Tensor:

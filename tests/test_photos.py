@@ -26,24 +26,24 @@ def ink(index: int, side: int = 300, room: int = 0) -> Image.Image:
     return ImageOps.expand(smooth.point(lambda value: min(max(8 * (value - 110), 0), 255)), room)
 
 
-def scan(index: int, seed: int = 0) -> Image.Image:
-    """Test digit `index` as a photo: off centre on tinted, noisy paper, in uneven light."""
-    rng = np.random.default_rng(seed)
+def scan(index: int) -> Image.Image:
+    """Test digit `index` as a photo: off centre on tinted, noisy paper, in uneven light; some inverted."""
+    rng = np.random.default_rng(index)
     left, top, right, bottom = rng.integers(0, 200, 4).tolist()
     mask = np.asarray(ImageOps.expand(ink(index, int(rng.integers(150, 500))), (left, top, right, bottom)))
     paper, pen = rng.uniform(190, 250) + rng.uniform(-10, 10, 3), rng.uniform(10, 90, 3)
     picture = paper + (pen - paper) * (mask[..., None] / 255)
     light = np.linspace(1, rng.uniform(0.4, 1), mask.shape[1])[:, None]
     picture = picture * light + rng.normal(0, rng.uniform(1, 8), picture.shape)
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    image = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    return image if index % 4 else ImageOps.invert(image)
 
 
-def photo(kind: str, *indices: int) -> Image.Image:
-    """Test digits in a row: "lined", in a "shadow" with a sharp edge, on a "desk" or an "island" there."""
-    row = Image.new("L", (150 * len(indices) + 150, 300))
-    for place, index in enumerate(indices):
-        row.paste(ink(index, 150), (75 + 150 * place, 75))
-    picture = 225 - 180 * (np.asarray(row) / 255)
+def photo(kind: str, index: int) -> Image.Image:
+    """A test digit: "lined", in a "shadow" with a sharp edge, on a "desk" or an "island" there; or a "scan"."""
+    if kind == "scan":
+        return scan(index)
+    picture = 225 - 180 * (np.asarray(ink(index, 150, 75)) / 255)
     if kind == "lined":
         picture[::25] -= 30
     if kind == "shadow":
@@ -102,22 +102,24 @@ def likeness(a: Tensor, b: Tensor) -> float:
     return max(torch.corrcoef(torch.stack([s.flatten(), b.flatten()]).float())[0, 1].item() for s in shifts)
 
 
-KINDS = "form circled underlined tile long leaning ruled squared strip small finger jumping stacked".split()
+PHOTOS = "scan lined shadow desk island".split()
+NUMBERS = "form circled underlined tile long leaning ruled squared strip small finger jumping stacked".split()
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "two rows"])
-def test_numbers_are_read(kind, tmp_path):
-    """Eight of ten pictures of each kind at least."""
-    paths, answers = [tmp_path / f"{k}.png" for k in range(10)], []
-    for k, path in enumerate(paths):
-        image, answer = number(kind, k)
+@pytest.mark.original
+@pytest.mark.parametrize("kind", [*PHOTOS, *NUMBERS, "two rows"])
+def test_pictures_are_read(kind, tmp_path):
+    """Eight of ten pictures of each kind at least; of scans 58 of 60."""
+    count, least = (60, 58) if kind == "scan" else (10, 8)
+    for k in range(count):
+        image, answer = (photo(kind, k), str(int(MNIST.labels[k]))) if kind in PHOTOS else number(kind, k)
+        path = tmp_path / answer / f"{k}.png"
+        path.parent.mkdir(exist_ok=True)
         image.save(path)
-        answers.append(answer)
-    reports = read_images(load_pretrained(HANDWRITING), paths)[0]["images"]
-    found = [report["number"] for report in reports]
-    assert sum(ours == answer for ours, answer in zip(found, answers)) >= 8, (found, answers)
-    doubts = sum("doubt" in report for report in reports)
-    assert doubts >= 8 if kind == "finger" else doubts <= 2
+    results, _ = read_images(load_pretrained(HANDWRITING), [tmp_path], labels=True)
+    assert results["labelled"] == count and results["right"] >= least, results
+    doubts = sum("doubt" in report for report in results["images"])
+    assert doubts >= 8 if kind == "finger" else doubts <= count / 5
 
 
 @pytest.mark.parametrize("side", [28, 64, 300, 1200])
@@ -176,6 +178,7 @@ def test_of_pages_the_first_is_read(tmp_path, capsys):
     assert "pages.tiff: only the first of 2 pages is read" in capsys.readouterr().err
 
 
+@pytest.mark.original
 def test_touching_digits_are_a_doubt(tmp_path):
     image, _ = number("plain", 0)
     ImageDraw.Draw(image).line((100, 130, image.width - 100, 130), fill=30, width=12)
@@ -183,6 +186,7 @@ def test_touching_digits_are_a_doubt(tmp_path):
     assert read_images(load_pretrained(HANDWRITING), [tmp_path])[0]["images"][0]["doubt"] == MORE
 
 
+@pytest.mark.original
 def test_raw_pixels_are_the_networks(tmp_path):
     (tmp_path / "7").mkdir()
     Image.fromarray(MNIST.images[0, 0].numpy()).save(tmp_path / "7" / "a.png")
@@ -193,9 +197,10 @@ def test_raw_pixels_are_the_networks(tmp_path):
         read_raw(tmp_path / "large.png")
 
 
+@pytest.mark.original
 def test_labels_are_numbers(tmp_path):
     image, answer = number("two rows", 0)
-    for folder, saved in {"07": PLAIN, "4": PLAIN, answer.replace(" ", ""): image}.items():
+    for folder, saved in {"7": PLAIN, "4": PLAIN, answer.replace(" ", ""): image}.items():
         (tmp_path / folder).mkdir()
         saved.save(tmp_path / folder / "a.png")
     assert read_images(load_pretrained(HANDWRITING), [tmp_path], labels=True)[0]["right"] == 2
@@ -204,17 +209,16 @@ def test_labels_are_numbers(tmp_path):
         read_images(load_pretrained(HANDWRITING), [tmp_path], labels=True)
 
 
-def test_what_cannot_be_read_is_one_line_each(call, trained, tmp_path, monkeypatch):
-    monkeypatch.delitem(Image.EXTENSION, ".heic", raising=False)  # as if pillow-heif were not installed
+def test_what_cannot_be_read_is_one_line_each(call, trained, tmp_path):
     words = {
         "white.png": "blank", "small.png": "too few", "large.png": "too many", "text.png": "Pillow can read",
-        "half.png": "truncated", "empty": "no images", "missing.png": "No such file", "drawing.svg": "Pillow can read",
+        "half.png": "truncated", "empty": "no images", "missing.png": "No such file",
         "photo.heic": "pip install pillow-heif",
     }
     Image.new("L", (90, 90), 255).save(tmp_path / "white.png")
     Image.new("L", (7, 90), 255).save(tmp_path / "small.png")
     Image.new("1", (9000, 8000)).save(tmp_path / "large.png")
-    for name in ("text.png", "drawing.svg", "photo.heic"):
+    for name in ("text.png", "photo.heic"):
         (tmp_path / name).write_text("seven")
     PLAIN.save(tmp_path / "good.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "good.png").read_bytes()[:3000])
@@ -243,7 +247,8 @@ def test_find_images(tmp_path, capsys, monkeypatch):
         (tmp_path / name).touch()
     missing = tmp_path / ("x" * 300)
     assert find_images([missing, tmp_path]) == [missing, *(tmp_path / name for name in names)]
-    assert "4 files skipped: .heic (needs pillow-heif), .pdf, .txt" in capsys.readouterr().err
+    needs = "(.heic needs pip install pillow-heif)"
+    assert f"4 files skipped: .heic, .pdf, .txt {needs}" in capsys.readouterr().err
     # Windows' shell hands over * as it is.
     assert find_images([tmp_path / "*.tif", tmp_path / "b" / "*.?*g", tmp_path / "*.gif"]) == [
         *(tmp_path / name for name in ("a.tif", "b/a b\t.jpg")), tmp_path / "*.gif"
