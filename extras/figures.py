@@ -1,6 +1,6 @@
-"""Pictures of the READMEs, to assets/: `python extras/figures.py variants` or accuracy.
+"""Pictures of the READMEs: `python extras/figures.py NAME`, of variants, accuracy and size.
 
-For `accuracy` it trains for hours into checkpoints/, and uses what is already there.
+For the last two it trains for hours into checkpoints/, and uses what is already there.
 """
 
 import json
@@ -29,8 +29,10 @@ from extras.variants import PROBABILITY, draw_variants
 CPU = torch.device("cpu")
 RUNS = ROOT / "checkpoints"
 EPOCHS = (1, 2, 5, 10, 20)  # of `accuracy`
-SEEDS = 10
-PLAIN_SEEDS = 3
+SEEDS = 10  # of train.py
+PLAIN_SEEDS = 3  # of each plain way
+SIZES = {100: 3000, 1000: 400, 10_000: 60, 60_000: 20}  # images and epochs of `size`
+SIZE_SEEDS = 5
 
 HEAD = "one look | std | min | nine looks | std | min | runs |\n|---" + 8 * "|---:" + "|"
 COLORS = {"one look": "#0072b2", "nine looks": "#d55e00"}
@@ -46,8 +48,8 @@ def plot_variants() -> Figure:
     digits = utils.load_mnist(ROOT / "data", train=True, device=CPU)
     drawn, probability = draw_variants(digits, seed=0)
     figure = Figure(figsize=(11, 8.4), layout="constrained")
-    title = "Slashes through zeros, flags on ones (some with a base), bars through sevens, tails"
-    figure.suptitle(f"{title} under nines", x=0.01, ha="left")
+    figure.suptitle("Slashes through zeros, flags on ones (some with a base), bars through "
+                    "sevens, tails under nines", x=0.01, ha="left")
     for axis, digit in zip(figure.subplots(len(PROBABILITY)), PROBABILITY):
         chosen = ((digits.labels == digit) & (probability > 0)).nonzero().squeeze(1)[:12]
         pairs = torch.cat([digits.images[chosen], drawn[chosen]])
@@ -63,8 +65,8 @@ def train(out: Path, runs: int, *flags: object) -> tuple[float, np.ndarray]:
 
     Each run has two, with one look and with nine. Trains those that are not in `out`.
     """
-    flags = ("--runs", runs, "--out", out, "--resume", "--data-dir", "data", *flags)
-    command = [sys.executable, "train.py", *map(str, flags)]
+    fixed = ("--runs", runs, "--out", out, "--resume", "--data-dir", "data")
+    command = [sys.executable, "train.py", *map(str, fixed + flags)]
     if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
         raise utils.UserError(f"train.py failed; if {out} is of another recipe, delete it")
     found = [utils.load_checkpoint(run) for run in utils.find_runs(out)]
@@ -73,16 +75,16 @@ def train(out: Path, runs: int, *flags: object) -> tuple[float, np.ndarray]:
     return min(e["seconds"] for run in found for e in run["history"]), np.array(accuracies)
 
 
-def print_row(name: str, number: float, accuracies: np.ndarray) -> None:
+def print_row(name: str, seconds: float, accuracies: np.ndarray) -> None:
     """Print accuracies in percent (runs, looks), of one look and perhaps of nine."""
-    cells = [name, f"{number:.0f}"]
+    cells = [name, f"{seconds:.0f}"]
     for look in accuracies.T:
         cells += [f"{look.mean():.2f} %", f"{look.std(ddof=1):.2f}", f"{look.min():.2f} %"]
     cells += ["–"] * (8 - len(cells))
     print(f"| {' | '.join(cells)} | {len(accuracies)} |", flush=True)
 
 
-def chart(title: str, x: list[float], accuracies: list[np.ndarray]) -> Axes:
+def chart(title: str, x: list[float], accuracies: list[np.ndarray], ticks: list[int]) -> Axes:
     """Curves of accuracies in percent (points, runs, 2) over `x` (points,)."""
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     figure.suptitle(title, x=0.013, ha="left")
@@ -96,6 +98,8 @@ def chart(title: str, x: list[float], accuracies: list[np.ndarray]) -> Axes:
         axis.plot(x, mean, "o-", color=color, markersize=4, label=label)
     axis.grid(axis="y")
     axis.set(xscale="log", ylabel="test accuracy (%)")
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axis.minorticks_off()
     return axis
 
 
@@ -109,7 +113,8 @@ def examples_network() -> nn.Sequential:
 
 
 SCALED = transforms.RandomAffine(10, scale=(0.9, 1.1))
-RATES = np.interp(range(1, 21), [1, 5, 10, 15], [0.005, 0.0035, 0.0015, 0.00075])  # of its log
+# Learning rates at epochs 1, 5, 10, 15 of the specification's log:
+RATES = np.interp(range(1, 21), [1, 5, 10, 15], [0.005, 0.0035, 0.0015, 0.00075])
 PLAIN_WAYS = {  # network, augmentation, and the rate of each epoch
     "the specification's recipe from 0.005": (benchmark.plain_network, SCALED, RATES),
     "the specification's recipe from 0.015": (benchmark.plain_network, SCALED, 3 * RATES),
@@ -125,9 +130,10 @@ def train_the_plain_way(name: str, seed: int) -> tuple[float, float]:
         torch.manual_seed(seed)
         loader = benchmark.plain_loader(0, augment)
         model = network()
-        optimizer = benchmark.plain_optimizer(model)
         if network is examples_network:
             optimizer = torch.optim.Adadelta(model.parameters())
+        else:
+            optimizer = benchmark.plain_optimizer(model)
         seconds = []
         for rate in tqdm(rates, f"{name}, seed {seed}", unit="epoch", disable=None):
             optimizer.param_groups[0]["lr"] = rate
@@ -152,7 +158,7 @@ def plot_accuracy() -> Figure:
         accuracies.append(found)
         print_row(f"`train.py --epochs {epochs}`", epochs * fastest, found)
     title = "Test accuracy over the time of training, on one CPU core"
-    axis = chart(title, times, accuracies)
+    axis = chart(title, times, accuracies, [15, 30, 60, 120, 300, 600, 1200])
     for epochs, x, found in zip(EPOCHS, times, accuracies):
         axis.text(x, found[:, 1].mean() + 0.015, epochs, ha="center")
     for name, marker in zip(PLAIN_WAYS, "v^s"):
@@ -164,14 +170,28 @@ def plot_accuracy() -> Figure:
         axis.errorbar(seconds.min(), y, std, fmt=marker, color="0.15", label=name)
     axis.axhline(99.42, color="0.7", linestyle="--", label="the specification's own figure")
     axis.set_xlabel("seconds of training; the numbers are epochs")
-    ticks = [15, 30, 60, 120, 300, 600, 1200]
-    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axis.set_xticks([], minor=True)
     axis.figure.legend(loc="outside lower center", ncols=2)
     return axis.figure
 
 
-FIGURES = {"variants": plot_variants, "accuracy": plot_accuracy}
+def plot_size() -> Figure:
+    """Test accuracy over the number of training images; prints a table."""
+    print(f"| images, epochs | seconds | {HEAD}")
+    accuracies = []
+    for images, epochs in SIZES.items():
+        size = images if images < 60_000 else 0  # 0: all
+        flags = ("--train-size", size, "--epochs", epochs)
+        fastest, found = train(RUNS / f"size/{images}", SIZE_SEEDS, *flags)
+        accuracies.append(found)
+        print_row(f"{images:,}, {epochs:,}", epochs * fastest, found)
+    sizes = list(SIZES)
+    axis = chart("Test accuracy over the number of training images", sizes, accuracies, sizes)
+    axis.set_xlabel("training images")
+    axis.legend(loc="lower right")
+    return axis.figure
+
+
+FIGURES = {"variants": plot_variants, "accuracy": plot_accuracy, "size": plot_size}
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import re
 import sys
 
 import numpy as np
+import pytest
 import torch
 from conftest import CPU, ROOT, mnist
 from PIL import Image
@@ -22,7 +23,7 @@ def write_pictures(folder, split):
 
 
 def test_pictures_are_read_by_class_then_by_name_and_trained_on(call, tmp_path):
-    for folder, is_train in (("train", True), ("testing", False)):
+    for folder, is_train in (("train", True), ("test", False)):
         digits = mnist(train=is_train).select(slice(500))
         write_pictures(tmp_path / folder, digits)
         expected = digits.select(digits.labels.argsort(stable=True))
@@ -33,7 +34,7 @@ def test_pictures_are_read_by_class_then_by_name_and_trained_on(call, tmp_path):
 
 def test_labels_are_in_numeric_order_and_common_to_both(tmp_path):
     digits = mnist(train=True).select(slice(3))
-    write_pictures(tmp_path / "training", Split(digits.images, torch.tensor([10, 9, 2])))
+    write_pictures(tmp_path / "train", Split(digits.images, torch.tensor([10, 9, 2])))
     write_pictures(tmp_path / "test", Split(digits.images, torch.tensor([10, 10, 10])))
     assert folders.class_names(tmp_path) == ["2", "9", "10"]
     assert folders.load(tmp_path, train=False)[1].tolist() == [2, 2, 2]
@@ -42,7 +43,7 @@ def test_labels_are_in_numeric_order_and_common_to_both(tmp_path):
 def test_pictures_that_do_not_fit_are_named(refuse, tmp_path):
     write_pictures(tmp_path / "train", mnist(train=True).select(slice(20)))
     command = ("train.py", "--data-dir", tmp_path, "--out", tmp_path / "out")
-    refuse(*command, words=["no test pictures"])
+    refuse(*command, words=[tmp_path / "test", "no pictures"])
     path = tmp_path / "train" / "5" / "zz.png"
     Image.new("L", (28, 29)).save(path)
     refuse(*command, words=[path, "28 x 28"])
@@ -65,13 +66,14 @@ def test_readmes_lines_compare_two_settings_in_pairs(tmp_path, monkeypatch, caps
     assert capsys.readouterr().out == "+2.000% ± 0.577%\n"
 
 
-def test_figure_is_drawn_and_told(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["accuracy", "size"])
+def test_figure_is_drawn_and_told(name, tmp_path, monkeypatch, capsys):
     accuracies = 99 + np.random.rand(5, 2) / 2
     monkeypatch.setattr(figures, "train", lambda *_: (14.0, accuracies))
     monkeypatch.setattr(figures, "train_the_plain_way", lambda name, seed: (700.0, 99 + seed / 9))
     monkeypatch.setattr(figures, "ROOT", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["figures.py", "accuracy"])
+    monkeypatch.setattr(sys, "argv", ["figures.py", name])
     figures.main()
     *table, _, _ = capsys.readouterr().out.splitlines()
     assert {line.count("|") for line in table} == {10}
-    assert Image.open(tmp_path / "assets" / "accuracy.png").width > 1000
+    assert Image.open(tmp_path / "assets" / f"{name}.png").width > 1000
