@@ -1,1 +1,1 @@
-"""What goes beyond the specification: README.md in this folder says what each module is for."""
+"""What goes beyond the specification: README.md says what each module is for."""

