@@ -23,7 +23,7 @@ PRETRAINED = Path(__file__).resolve().parent / "assets" / "mnist_cnn.pt"
 
 
 class Net(nn.Module):
-    """The specification's 4-block CNN for MNIST.
+    """A 4-block CNN for MNIST.
 
     Input: float (N, 1, 28, 28), ink 1, paper 0. Output: logits (N, 10).
 
@@ -110,15 +110,15 @@ class Layer(NamedTuple):
     receptive_field: int | None
     jump_in: int | None
     jump_out: int | None
-    parameters: tuple[int, ...]  # counts: (weight, bias), of a norm (sum,)
+    parameters: tuple[int, ...]  # (weight, bias); a norm's are summed
 
 
 def layer_table(model: nn.Module) -> list[Layer]:
     """The layers of `model`, in the order in which an image passes them.
 
     Receptive fields: r_out = r_in + (k - 1) * jump_in and jump_out = stride * jump_in (Araujo et
-    al., "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019). They are
-    None from the first layer on whose input is not the previous output's size.
+    al., "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019). They
+    are None from the first layer on whose input size is not the previous output's.
     """
     model = copy.deepcopy(model).eval()
     image = (1, IMAGE_SIZE, IMAGE_SIZE)
@@ -133,8 +133,7 @@ def layer_table(model: nn.Module) -> list[Layer]:
         size_out = tuple(output.shape[1:])
         before = rows[-1]
         field = jump_in = jump_out = None
-        is_image = len(size_in) == 3
-        if is_image and before.receptive_field and size_in == before.output_size:
+        if before.receptive_field and size_in == before.output_size:
             kernel, stride = kernel_and_stride(layer, size_in[1], size_out[1])
             jump_in = before.jump_out
             jump_out = stride * jump_in
@@ -158,13 +157,14 @@ def kernel_and_stride(layer: nn.Module, size_in: int, size_out: int) -> tuple[in
     if isinstance(layer, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
         starts = [i * size_in // size_out for i in range(size_out)]  # as PyTorch cuts its windows
         ends = [math.ceil((i + 1) * size_in / size_out) for i in range(size_out)]
-        return max(end - start for start, end in zip(starts, ends)), size_in // size_out
+        kernel = max(end - start for start, end in zip(starts, ends))
+        return kernel, size_in // size_out
 
-    def first(name: str) -> int:
+    def setting(name: str) -> int:
         value = getattr(layer, name, 1)
         return value if isinstance(value, int) else value[0]
 
-    return first("dilation") * (first("kernel_size") - 1) + 1, first("stride")
+    return setting("dilation") * (setting("kernel_size") - 1) + 1, setting("stride")
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -49,13 +49,13 @@ def by_class(confusion: Tensor) -> list[dict[str, Any]]:
     for i, name in enumerate(CLASS_NAMES):
         right = int(confusion[i, i])
         count = int(confusion[i].sum())
-        claimed = int(confusion[:, i].sum())
+        predicted = int(confusion[:, i].sum())
         rows.append(
             {
                 "class": name,
                 "count": count,
                 "errors": count - right,
-                "precision": right / claimed if claimed else None,
+                "precision": right / predicted if predicted else None,
                 "recall": right / count if count else None,
             }
         )
@@ -64,20 +64,20 @@ def by_class(confusion: Tensor) -> list[dict[str, Any]]:
 
 def print_report(results: dict[str, Any]) -> None:
     """Print what `evaluate` returned, as tables for people."""
-    split = SPLITS[results["split"]].capitalize()
+    part = SPLITS[results["split"]].capitalize()
+    errors = f"({results['errors']} errors in {results['count']:,})"
+    sure_errors = f"({results['sure_errors']} of {results['sure_count']:,} wrong)"
     rows = {
         "Checkpoint": results["checkpoint"],
         "Parameters": f"{results['parameters']:,}",
         "Looks": f"nine at images under {SURE:.0%} sure" if results["tta"] else "one",
-        f"{split} accuracy": f"{results['accuracy']:.2%}  "
-        f"({results['errors']} errors in {results['count']:,})",
-        f"{split} loss": f"{results['loss']:.4f}",
-        f"Over {SURE:.0%} sure": f"{results['sure']:.2%}  "
-        f"({results['sure_errors']} of {results['sure_count']:,} wrong)",
+        f"{part} accuracy": f"{results['accuracy']:.2%}  {errors}",
+        f"{part} loss": f"{results['loss']:.4f}",
+        f"Over {SURE:.0%} sure": f"{results['sure']:.2%}  {sure_errors}",
     }
-    width = max(map(len, rows)) + 1
+    width = max(map(len, rows)) + 3
     for title, value in rows.items():
-        print(f"{title}:".ljust(width), "", value)
+        print(f"{title}:".ljust(width) + value)
 
     name_width = max(len("Class"), *map(len, CLASS_NAMES))
     print(f"\n{'Class':>{name_width}}  Count  Errors  Precision   Recall")
@@ -93,6 +93,17 @@ def print_report(results: dict[str, Any]) -> None:
         print(f"{name:>{name_width}}" + "".join(f"{count or '.':>{cell}}" for count in row))
 
 
+def print_images(results: dict[str, Any]) -> None:
+    """Print what `photos.read_images` returned; a doubt is a warning that digits are missing."""
+    for image in results["images"]:
+        guess = f"\tor perhaps {image['second_guess']}" if "second_guess" in image else ""
+        doubt = f"\t{image['doubt']}" if "doubt" in image else ""
+        print(f"{image['path']}\t{image['number']}\t{image['confidence']:.4f}{guess}{doubt}")
+    if "accuracy" in results:
+        share = f"{results['right']} of {results['labelled']}"
+        print(f"Accuracy: {results['accuracy']:.2%} ({share})")
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line; UserError for flags that do not go together."""
     parser = utils.Parser("Accuracy of a checkpoint, or the digits that it reads in your images.")
@@ -100,13 +111,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     utils.add_checkpoint_flags(parser)
     add = parser.add_argument
     add("--json", metavar="PATH",
-        help="also write the results as JSON, all shares from 0 to 1; -: print only it")
+        help="also write the results as JSON, all shares from 0 to 1; -: print nothing else")
     add("--images", type=Path, nargs="+", metavar="PATH",
         help="read these images, or folders of images; each shows a digit or a number")
     add("--labels", action="store_true",
         help="take the name of an image's folder, such as 472, as its label; print the accuracy")
     add("--raw", action="store_true",
-        help="--images are already as the network sees them, ink 255: skip the search")
+        help="give --images of 28x28 pixels, ink 255, to the network as they are")
     add("--export", type=Path, metavar="FILE",
         help="only write the network to FILE: as ONNX (.onnx), or as a page to draw on (.html)")
     args = parser.parse_args(argv)
@@ -128,10 +139,10 @@ def main(argv: list[str] | None = None) -> int:
         from extras import export
 
         if args.export.suffix == ".onnx":
-            note = export.export_onnx(model, args.export)
+            export.export_onnx(model, args.export)
         else:
-            note = export.export_page(model, args.export, checkpoint)
-        print(f"Wrote {args.export}: {note}")
+            export.export_page(model, args.export, checkpoint)
+        print(f"Wrote {args.export}")
         return 0
     if args.images:
         from extras import photos
@@ -146,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json == "-":
         print(json.dumps(results, indent=2))
     elif args.images:
-        photos.print_images(results)
+        print_images(results)
     else:
         print_report(results)
     return int(failed > 0)

@@ -25,7 +25,7 @@ import utils
 from model import ACTIVATIONS, MAX_WIDTH, Net, count_parameters
 from utils import Loader, Split, UserError, number
 
-CHECKS = 20  # readings of the loss in an epoch; a GPU has to wait for each
+LOGS = 20  # readings of the loss in an epoch; each makes a GPU wait
 STATISTICS_IMAGES = 2000  # at most; they measure the batch statistics of the averaged network
 
 
@@ -52,17 +52,16 @@ class Run:
 def train_epoch(run: Run, epoch: int) -> dict[str, Any]:
     """Train epoch number `epoch` (from 0) and return its entry of the history.
 
-    The lists "train_losses" and "learning_rates" have a value for each check: the mean loss since
-    the check before, and the rate of the next step.
+    The lists "train_losses" and "learning_rates" have at most LOGS values: the mean loss since the
+    last one, and the rate of the next step.
     """
     start = time.perf_counter()
     recipe = run.recipe
     epoch_steps = len(run.loader)
     total_steps = recipe["epochs"] * epoch_steps
     first_rate = learning_rate(run)
-    learning_rates, loss_sums, counts = [], [], []  # at each check
-    loss_sum, correct = torch.zeros(2, device=run.loader.losses.device)
-    seen = 0
+    learning_rates, loss_sums, counts = [], [], []  # at each log
+    loss_sum = correct = seen = 0
     run.model.train()
     torch.manual_seed(utils.derive_seed(utils.DROPOUT, recipe["seed"], epoch))
     bar = tqdm(
@@ -80,12 +79,11 @@ def train_epoch(run: Run, epoch: int) -> dict[str, Any]:
         run.scheduler.step()
         update_average(run.average, run.model, step)
 
-        label_loss = F.cross_entropy(logits.detach(), labels, reduction="none")
-        run.loader.losses[index] = label_loss
+        run.loader.losses[index] = F.cross_entropy(logits.detach(), labels, reduction="none")
         loss_sum += loss.detach() * len(labels)
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
-        if (step + 1) * CHECKS % epoch_steps < CHECKS:  # evenly, also at the end
+        if (step + 1) * LOGS // epoch_steps > step * LOGS // epoch_steps:  # also the last step
             loss_sums.append(loss_sum.item())
             counts.append(seen)
             learning_rates.append(learning_rate(run))
@@ -110,7 +108,8 @@ def learning_rate(run: Run) -> float:
 def update_average(average: Net, model: Net, step: int) -> None:
     """Move the weights of `average` towards those of `model`; step 0 copies them.
 
-    This averages about the last step / 10 steps: polynomial-decay averaging (Shamir & Zhang, 2013).
+    This averages about the last tenth of the steps: polynomial-decay averaging (Shamir & Zhang,
+    2013).
     """
     for averaged, current in zip(average.parameters(), model.parameters()):
         averaged.lerp_(current, 10 / (10 + step))
@@ -119,8 +118,8 @@ def update_average(average: Net, model: Net, step: int) -> None:
 def dropout_factor(progress: float, until: float) -> float:
     """The factor of all dropout rates at `progress` (0 to 1) of the run: it falls to 0 at `until`.
 
-    Early dropout, after Liu et al., "Dropout Reduces Underfitting" (ICML 2023). An `until` of 0
-    is no dropout; 1 is special: it is constant.
+    Early dropout, after Liu et al., "Dropout Reduces Underfitting" (ICML 2023). With an `until` of
+    0 there is no dropout. With 1 it is constant.
     """
     if until == 0:
         return 0.0
@@ -197,7 +196,7 @@ def build_run(recipe: dict[str, Any], split: Split, data_crc: int, device: torch
     settings = ("width", "activation", "dropout", "fc_dropout")
     model = utils.to_device(Net(**{name: recipe[name] for name in settings}), device)
     average = copy.deepcopy(model).requires_grad_(False)
-    set_dropout(find_dropout(average), 0)  # update_bn uses the train mode
+    set_dropout(find_dropout(average), 0)  # update_bn would apply it
     variants = None
     if recipe["variants"]:
         from extras.variants import draw_variants
@@ -242,7 +241,7 @@ def announce(run: Run, out: Path, device: torch.device) -> None:
         print(f"Replaces {out / 'model.pt'}")
     hard = ""
     if run.recipe["hard_fraction"] and epochs > 1:
-        hard = f", from epoch 2 on {run.recipe['hard_fraction']:.0%} of them hard"
+        hard = f", {run.recipe['hard_fraction']:.0%} of them hard from epoch 2 on"
     print(f"Train loss and accuracy are of augmented images{hard}; on plain images both are better",
           flush=True)
 
@@ -257,20 +256,20 @@ def end_epoch(run: Run, entry: dict[str, Any], val_split: Split | None, out: Pat
         entry.update(measure_on("val", run.average, val_split))
     history = [*run.history, entry]
     save(run, out / "last.pt", history=history, metrics={}, training=training_state(run))
-    run.history = history  # after saving: what_is_kept counts them
+    run.history = history  # what_is_kept counts saved epochs
     print_epoch(entry)
 
 
 def update_statistics(run: Run) -> None:
     """Measure the batch statistics of the averaged network on plain images.
 
-    Augmented images, which are blurred, have others.
+    Augmentation blurs images, and so it changes their statistics.
     """
     for averaged, current in zip(run.average.buffers(), run.model.buffers()):
-        averaged.copy_(current)  # of other layers; BatchNorm's are measured below
+        averaged.copy_(current)  # BatchNorm's are replaced below
     images = run.loader.split.images
     images = images[:: math.ceil(len(images) / STATISTICS_IMAGES)]
-    batches = images.tensor_split(math.ceil(len(images) / 500))  # update_bn weights them equally
+    batches = images.tensor_split(math.ceil(len(images) / 500))  # equal ones, as update_bn assumes
     update_bn((batch / 255 for batch in batches), run.average)
 
 
@@ -333,7 +332,7 @@ def training_state(run: Run) -> dict[str, Any]:
 
 
 def restore(run: Run, path: Path) -> None:
-    """Put `run` where `end_epoch` wrote `path`; UserError if data, teachers or code are others."""
+    """Put `run` where `end_epoch` wrote `path`; UserError if data, teachers or code changed."""
     average, checkpoint = utils.load_model(path, "cpu")
     if checkpoint["data_crc"] != run.data_crc:
         raise UserError(f"{path} was trained on other images or labels; "
@@ -366,14 +365,15 @@ def what_is_kept(run: Run, args: argparse.Namespace) -> str:
         words += ["--data-dir", args.data_dir]
     if args.device != default.device:
         words += ["--device", args.device]
-    kept = f"{len(run.history)} of {run.recipe['epochs']} epochs are kept"
-    if not run.history:
+    if run.history:
+        kept = f"{len(run.history)} of {run.recipe['epochs']} epochs are kept"
+    else:
         kept = "Nothing is kept of this training, but the one before it is still there"
     return f"{kept}; this goes on: {shlex.join(map(str, words))}"
 
 
 def resumed_recipe(checkpoint: dict[str, Any], argv: list[str]) -> dict[str, Any]:
-    """`argv` over the recipe of `checkpoint`; UserError if that changes it."""
+    """The recipe of `checkpoint`; UserError if flags in `argv` differ, but for --teacher."""
     stored = checkpoint["recipe"]
     _, recipe = parse_args(argv, argparse.Namespace(**stored))
     utils.check_same(checkpoint["path"], stored, recipe)
@@ -409,7 +409,7 @@ def parse_args(
         add("--dropout-until", type=share, default=0.1,
             help="dropout falls to 0 over this share of the run; with 1 it is constant"),
         add("--rotation", type=number(float, 0, 180), default=10.0, help="degrees, either way"),
-        add("--scale", type=number(float, 0, 0.9), default=0.1, help="0.1 is 0.9 to 1.1"),
+        add("--scale", type=number(float, 0, 0.9), default=0.1, help="0.1: factors 0.9 to 1.1"),
         add("--translate", type=share, default=0.05, help="share of the side, either way"),
         add("--shear", type=number(float, 0, 60), default=10.0, help="degrees, either way"),
         add("--elastic", type=number(float, 0, 10), default=0.35,
@@ -419,7 +419,7 @@ def parse_args(
         add("--variants", action="store_true",
             help="draw a slash, flag, bar or tail on some 0, 1, 7 and 9"),
         add("--width", type=number(int, 1, MAX_WIDTH), default=1,
-            help="factor of all hidden layers' widths; wider ones make teachers"),
+            help="factor of all hidden layers' widths; a wide network can be a teacher"),
         add("--activation", choices=tuple(ACTIVATIONS), default="silu", help="of all layers"),
         add("--teacher", nargs="+", default=[], metavar="PATH",
             help="distillation: checkpoints, or folders of runs, to learn from"),
@@ -439,15 +439,14 @@ def parse_args(
     flag("--resume", action="store_true", help="go on with the training in --out, or start one")
     flag("--runs", type=number(int, 1), default=1, help="number of trainings, each with its seed")
     flag("--jobs", type=number(int, 1),
-        help="processes for --runs or --folds; by default one a core, on a GPU 1")
+        help="processes for --runs or --folds; default: one a core, or 1 on a GPU")
     flag("--tensorboard", type=Path, nargs="?", const=Path("runs"), metavar="DIR",
         help="write curves, images and hyperparameters for TensorBoard")
     flag("--dry-run", action="store_true", help="try everything with a few steps; keep nothing")
     args = parser.parse_args(argv, stored)
     recipe = {each.dest: getattr(args, each.dest) for each in recipe_flags}
     if recipe["folds"] == 1 or recipe["fold"] > recipe["folds"]:
-        raise UserError(f"--folds {recipe['folds']} --fold {recipe['fold']}: "
-                        "give 2 folds or more, and one of them")
+        raise UserError("--folds must be 2 or more, and --fold one of them")
     if recipe["folds"] and (recipe["val_size"] or args.runs > 1):
         raise UserError("--folds goes neither with --val-size nor with --runs")
     if recipe["teacher"]:
@@ -473,7 +472,7 @@ def main(argv: list[str] | None = None) -> int:
             recipe = resumed_recipe(utils.load_checkpoint(last), argv)
         elif model.exists():
             checkpoint = utils.load_checkpoint(model)
-            resumed_recipe(checkpoint, argv)  # other flags are refused
+            recipe = resumed_recipe(checkpoint, argv)
             print(f"{args.out} is finished")
             print_result(checkpoint["history"], checkpoint["metrics"])
             return 0

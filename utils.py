@@ -41,12 +41,19 @@ class UserError(Exception):
     """An error that the user can mend: one line says what is wrong, and what to do."""
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_none = str(action.default) in ("None", "False", "[]")
+        return action.help if has_none else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and whose help tells the defaults."""
 
     def __init__(self, description: str) -> None:
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, formatter_class=formatter)
+        super().__init__(description=description, formatter_class=Help)
 
     def error(self, message: str) -> None:
         raise UserError(message)
@@ -97,7 +104,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
         try:
             value = kind(text)
         except ValueError:
-            value = -math.inf
+            value = math.nan  # in no range
         if not low <= value <= high:
             name = "whole number" if kind is int else "number"
             span = f"of {low} or more" if high == math.inf else f"from {low} to {high}"
@@ -124,7 +131,7 @@ def add_checkpoint_flags(parser: Parser) -> None:
     add("--split", choices=tuple(SPLITS), default="test",
         help="read the test images, those held out from training, or the training images")
     add("--tta", action="store_true",
-        help="look nine times where one look is not sure")
+        help="test-time augmentation: nine looks at images that one look is not sure of")
 
 
 def refuse_unused(parser: Parser, args: argparse.Namespace, name: str, others: list[str]) -> None:
@@ -163,7 +170,7 @@ HELD_OUT, DROPOUT, WEIGHTS, VARIANTS, ORDER = range(5)  # `use` of derive_seed
 
 
 def derive_seed(use: int, seed: int = 0, epoch: int = 0) -> int:
-    """A 32-bit seed, different for each (use, seed, epoch), unlike seed + epoch."""
+    """A 32-bit seed of its own for each (use, seed, epoch)."""
     return int(np.random.SeedSequence((seed, epoch, use)).generate_state(1)[0])
 
 
@@ -190,8 +197,7 @@ def load_mnist(data_dir: Path, train: bool, device: torch.device) -> Split:
 
     Raises UserError for files that are missing or damaged, or do not fit the network.
     """
-    roots = [data_dir / name for name in ("train", "training", "test", "testing")]
-    if any(path.is_dir() for root in roots for path in root.glob("*")):  # train/7/*.png
+    if any(path.is_dir() for path in [*data_dir.glob("train/*"), *data_dir.glob("test/*")]):
         from extras import folders
 
         images, labels = folders.load(data_dir, train)
@@ -220,9 +226,9 @@ def find_idx(data_dir: Path, train: bool, kind: str) -> Path:
     Raises UserError if there is none, or if there are several.
     """
     names = [f"train-{kind}"] if train else [f"t10k-{kind}", f"test-{kind}"]
-    for folders in ("MNIST/raw", ".", "*", "*/*"):
+    for pattern in ("MNIST/raw", ".", "*", "*/*"):
         found = {}
-        for path in sorted(data_dir.glob(f"{folders}/*ubyte*")):
+        for path in sorted(data_dir.glob(f"{pattern}/*ubyte*")):
             name = path.name.replace(".idx", "-idx")  # Kaggle's
             if path.is_file() and any(wanted in name for wanted in names):
                 found[str(path).replace(".gz", "")] = path  # x and x.gz count once
@@ -249,7 +255,7 @@ def read_idx(path: Path) -> Tensor:
                 raise ValueError("its header is wrong")
             if kind != 8:
                 raise ValueError(f"its numbers are of type {kind:#04x}, and 0x08 (uint8) is needed")
-            data = bytearray(file.read(size + 1))  # one more: gzip checks its sum at the end
+            data = bytearray(file.read(size + 1))  # + 1 reaches the end: gzip checks there
             if len(data) != size:
                 what = "truncated" if len(data) < size else "too long"
                 raise ValueError(f"{what}, its header says {shape}")
@@ -259,15 +265,15 @@ def read_idx(path: Path) -> Tensor:
 
 
 def checksum(split: Split) -> int:
-    """A checksum of images and labels: the held-out images depend on both."""
+    """CRC-32 of images and labels."""
     return zlib.crc32(split.labels.cpu().numpy(), zlib.crc32(split.images.cpu().numpy()))
 
 
 def make_splits(everything: Split, recipe: dict[str, Any]) -> tuple[Split, Split | None]:
-    """The images to train on ("train_size"), and those held out ("val_size", "fold"), if any.
+    """The images to train on, and those held out, if any, by `recipe`. Its "fold" counts from 1.
 
-    They are stratified, and always the same. Folds are disjoint, and together they are all images.
-    Raises UserError if there are too few images.
+    They are stratified, and the same for every seed. Folds are disjoint, and together they are all
+    images. Raises UserError if there are too few.
     """
     folds = recipe["folds"]
     count = len(everything)
@@ -294,7 +300,7 @@ def make_splits(everything: Split, recipe: dict[str, Any]) -> tuple[Split, Split
 
 
 def pick_evenly(index: Tensor, size: int) -> Tensor:
-    """`size` evenly spaced entries of `index` (N,): stratified if that is sorted by class."""
+    """`size` evenly spaced entries of `index` (N,): stratified if `index` is by class."""
     return index[(torch.arange(size) * len(index) + len(index) // 2) // max(size, 1)]
 
 
@@ -327,12 +333,12 @@ class Loader:
     """Shuffled, augmented batches of the training images `split`.
 
     The first epoch shows each image once. After it most images have a loss near zero and teach
-    little. So later epochs have three passes over a third of the images each: the share
-    "hard_fraction" of a pass has the largest losses, the rest is random (after Jiang et al.,
-    "Accelerating Deep Learning by Focusing on the Biggest Losers", 2019). The training loop keeps
-    the last loss of each image in `losses` (N,).
+    little. So a later epoch is three passes, each over a third of the images, chosen anew: a share
+    "hard_fraction" with the largest losses, the rest at random (after Jiang et al., "Accelerating
+    Deep Learning by Focusing on the Biggest Losers", 2019). The training loop keeps the last loss
+    of each image in `losses` (N,).
 
-    `variants` are images uint8 (N, 1, 28, 28), and the probability (N,) that each is shown instead.
+    `variants`: images uint8 (N, 1, 28, 28) to show instead, each with its probability (N,).
     """
 
     def __init__(
@@ -348,7 +354,7 @@ class Loader:
         return math.ceil(len(self.split) / self.recipe["batch_size"])
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Batches of an epoch, from 0: images float (B, 1, 28, 28), labels (B,), index (B,).
+        """Batches of `epoch` (from 0): images float (B, 1, 28, 28), labels (B,), index (B,).
 
         They depend on `epoch`, `losses` and the loader's arguments alone.
         """
@@ -359,19 +365,21 @@ class Loader:
         passes = 1
         if epoch > 0 and self.recipe["hard_fraction"] > 0:
             passes = min(PASSES_PER_EPOCH, len(self))
-        # Whole batches, but for the epoch's last one.
-        ends = [batch_size * (len(self) * i // passes) for i in range(1, passes)]
         shown = 0
-        for end in [*ends, len(self.split)]:
+        for i in range(1, passes + 1):
+            end = min(batch_size * (len(self) * i // passes), len(self.split))  # of a whole batch
             for index in self.choose(end - shown, generator).split(chunk):
                 images = self.with_variants(index, generator) / 255
                 images = augment(images, self.recipe, generator)
-                parts = (images, self.split.labels[index], index)
-                yield from zip(*(part.split(batch_size) for part in parts))
+                tensors = (images, self.split.labels[index], index)
+                yield from zip(*(tensor.split(batch_size) for tensor in tensors))
             shown = end
 
     def choose(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` shuffled indices: a "hard_fraction" has the largest losses, others are random."""
+        """`count` shuffled indices. A "hard_fraction" of them have the largest losses.
+
+        The others are random. In the first epoch, without losses, `count` is all images.
+        """
         priority = torch.rand(len(self.losses), generator=generator)
         hardest = self.losses.topk(int(self.recipe["hard_fraction"] * count)).indices
         priority[hardest.cpu()] += 1  # above that of every other image
@@ -383,9 +391,9 @@ class Loader:
         images = self.split.images[index]
         if self.variants is None:
             return images
-        variants, probability = self.variants
+        drawn, probability = self.variants
         r = torch.rand(len(index), generator=generator).to(index.device)
-        return torch.where((r < probability[index]).view(-1, 1, 1, 1), variants[index], images)
+        return torch.where((r < probability[index]).view(-1, 1, 1, 1), drawn[index], images)
 
 
 def augment(images: Tensor, recipe: dict[str, Any], generator: torch.Generator) -> Tensor:
@@ -414,21 +422,21 @@ def affine_matrices(angle: Tensor, translate: Tensor, scale: Tensor, shear: Tens
     """
     angle = torch.deg2rad(angle)
     shear_x, shear_y = torch.deg2rad(shear).unbind(1)
-    # Rotation after shear, as in torchvision's _get_inverse_affine_matrix; a * d - b * c is 1.
+    # [[a, b], [c, d]] is rotation after shear, as torchvision's. Its determinant is 1: no scale.
     a = torch.cos(angle - shear_y) / torch.cos(shear_y)
     b = -a * torch.tan(shear_x) - torch.sin(angle)
     c = torch.sin(angle - shear_y) / torch.cos(shear_y)
     d = -c * torch.tan(shear_x) + torch.cos(angle)
     inverse = torch.stack([d, -b, -c, a], 1).view(-1, 2, 2) / scale.view(-1, 1, 1)
-    offset = -(inverse @ (translate * 2 / IMAGE_SIZE).unsqueeze(2))  # see grid_basis
+    offset = -(inverse @ (translate * 2 / IMAGE_SIZE).unsqueeze(2))  # in half images
     return torch.cat([inverse, offset], 2)
 
 
 @functools.lru_cache
 def grid_basis(device: torch.device) -> Tensor:
-    """(3 + K * K, 784): rows x, y and 1, then each control point's bicubic weights.
+    """For `warp`, (3 + K * K, 784): rows x, y and 1, then each control point's bicubic weights.
 
-    The unit is half an image, as in `F.affine_grid`.
+    The weights turn pixels into the unit of `F.affine_grid`, half an image.
     """
     k = ELASTIC_GRID
     size = [1, 1, IMAGE_SIZE, IMAGE_SIZE]
@@ -467,17 +475,16 @@ def make_schedule(
 ) -> LRScheduler:
     """One cycle (Smith & Topin, 2018). Any schedule will do whose `step()` needs no metric.
 
-    `step()` is called after each of the `steps` updates. Over the first share `warmup` of them the
-    rate rises along half a cosine from `lr` to `peak_lr`, then falls along another, to be 0 one
-    step after the last. Raises UserError if `lr` is above `peak_lr`.
+    `step()` is called after each of the `steps` updates. In the first `warmup * steps` the rate
+    rises along half a cosine from `lr` to `peak_lr`. Then it falls along another, to be 0 one step
+    after the last. Raises UserError if `lr` is above `peak_lr`.
     """
     if lr > peak_lr:
         raise UserError(f"--lr {lr} is above --peak-lr {peak_lr}")
-    # OneCycleLR peaks at step pct_start * total_steps - 1; a peak at step 0 would divide by 0.
-    peak_step = warmup * steps
+    # OneCycleLR divides by its peak step, pct_start * total_steps - 1. No warmup: -1, not 0.
     return OneCycleLR(
         optimizer, peak_lr, total_steps=steps + 1,
-        pct_start=(peak_step + 1) / (steps + 1) if warmup else 0.0,
+        pct_start=(warmup * steps + 1) / (steps + 1) if warmup else 0.0,
         div_factor=peak_lr / lr, final_div_factor=math.inf, cycle_momentum=False,
     )
 
@@ -495,9 +502,8 @@ def predict(model: nn.Module, images: Tensor, tta: bool = False) -> Tensor:
         unsure = logits.softmax(1).amax(1) < SURE
         padded = F.pad(images[unsure], [1] * 4)
         looks = padded.unfold(2, IMAGE_SIZE, 1).unfold(3, IMAGE_SIZE, 1)  # (N, 1, 3, 3, 28, 28)
-        looks = looks.flatten(2, 3).unbind(2)
-        each = torch.stack([predict(model, look).log_softmax(1) for look in looks])
-        logits[unsure] = each.logsumexp(0)
+        log_p = [predict(model, look).log_softmax(1) for look in looks.flatten(2, 3).unbind(2)]
+        logits[unsure] = torch.stack(log_p).logsumexp(0)
     return logits
 
 
@@ -519,7 +525,7 @@ def confusion_matrix(predictions: Tensor, labels: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError while `path` is written into a UserError."""
+    """Raise UserError for an OSError in writing `path`."""
     try:
         yield
     except OSError as error:
@@ -534,7 +540,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     with writing(path):
         try:
             if target.exists() and not target.is_file():
-                raise OSError("not an ordinary file")  # a device would become a file
+                raise OSError("not an ordinary file")  # /dev/null would become one
             target.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             with temporary.open("rb+") as file:
@@ -594,12 +600,12 @@ def save_checkpoint(path: Path, model: nn.Module, **contents: Any) -> None:
 
 
 def check_same(path: Path, stored: dict[str, Any], recipe: dict[str, Any]) -> None:
-    """UserError if `recipe` differs from `stored`, of `path`, but for teachers' paths."""
-    names = {**stored, **recipe}.keys() - {"teacher"}  # versions may differ
+    """UserError if `recipe` is not the `stored` one of `path`; only teachers' paths may change."""
+    names = (stored.keys() | recipe.keys()) - {"teacher"}
     changed = [name for name in sorted(names) if stored.get(name) != recipe.get(name)]
     if changed:
         made = " ".join(f"--{name.replace('_', '-')} {stored.get(name)}" for name in changed)
-        made = made.translate(str.maketrans("", "", "[],"))  # [1, 2] as 1 2
+        made = re.sub(r"[\[\],]", "", made)  # [1, 2] as 1 2
         raise UserError(f"{path} was made with {made}: --resume cannot change that; leave the flag "
                         "out, or train into another --out, perhaps with this as --teacher")
 
@@ -611,15 +617,16 @@ def find_runs(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
+    folder = path.parent
     if path.is_dir():
         if found := sorted(path.glob("model.pt")) or sorted(path.glob("*/model.pt")):
             return found
-        path /= "model.pt"
+        folder, path = path, path / "model.pt"
     hint = "`python train.py` makes one"
-    if others := sorted([*path.parent.glob("*.pt"), *path.parent.glob("*/*.pt")]):
+    if others := sorted([*folder.glob("*.pt"), *folder.glob("*/*.pt")]):
         hint = f"there is {others[0]}"
         if others[0].name == "last.pt":
-            hint += (", a training that is not finished; this goes on, with its --data-dir: "
+            hint += (", a training that is not finished; to go on, with its --data-dir: "
                      f"python train.py --resume --out {others[0].parent}")
     raise UserError(f"there is no {path}; {hint}")
 

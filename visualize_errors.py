@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"  # a notebook sets a backend that may be missing here
-    logging.getLogger("matplotlib").setLevel("ERROR")  # it warns where it has no cache
+    logging.getLogger("matplotlib").setLevel("ERROR")  # no word on a temporary cache
 try:
     import matplotlib.style
-except OSError as error:  # no place for its cache
+except OSError as error:  # no cache can be made
     print(f"visualize_errors.py: error: {error}", file=sys.stderr)
     sys.exit(2)
 
@@ -39,7 +39,7 @@ from utils import SPLITS, Split, UserError
 DARK = "0.15"
 MUTED = "0.45"
 ACCENT = "#d55e00"
-SECOND = "#0072b2"
+BLUE = "#0072b2"
 STYLE = {
     "font.size": 9,
     "text.color": DARK,
@@ -166,42 +166,43 @@ def plot_history(history: list[dict[str, Any]], metrics: dict[str, float]) -> Fi
     last = {**history[-1], **metrics}
     epochs = len(history)
     part = next(part for part in ("test", "val", "train") if f"{part}_loss" in last)
-    figure, (rates, losses, errors) = chart(
+    figure, (left, middle, right) = chart(
         (10, 3.7),
         f"{SPLITS[part].capitalize()} accuracy {last[f'{part}_accuracy']:.2%} and loss "
         f"{last[f'{part}_loss']:.4f} after {epochs:,} epoch{'s' * (epochs > 1)}",
         columns=3,
     )
-    checks = len(history[0]["train_losses"])  # in each epoch
-    times = np.arange(epochs * checks + 1) / checks
+    logs = len(history[0]["train_losses"])  # in each epoch
+    times = np.arange(epochs * logs + 1) / logs
     later_rates = [rate for entry in history for rate in entry["learning_rates"]]
-    rates.plot(times, [history[0]["learning_rate"], *later_rates], color=DARK)
-    rates.set_ylim(bottom=0)
+    left.plot(times, [history[0]["learning_rate"], *later_rates], color=DARK)
+    left.set_ylim(bottom=0)
     train_losses = [loss for entry in history for loss in entry["train_losses"]]
-    losses.plot(times[1:], train_losses, color=DARK)
+    middle.plot(times[1:], train_losses, color=DARK)
     curves = {
         "train": ("o-", DARK, "training: augmented images"),
         "val": ("s--", ACCENT, "validation"),
-        "test": ("D", SECOND, "test, after the last epoch"),
+        "test": ("D", BLUE, "test, after the last epoch"),
     }
-    points = [*history, {"epoch": epochs, **metrics}]
+    measured = [*history, {"epoch": epochs, **metrics}]
     for name, (style, color, label) in curves.items():
-        entries = [point for point in points if f"{name}_loss" in point]
+        entries = [entry for entry in measured if f"{name}_loss" in entry]
+        if not entries:
+            continue
         x = [entry["epoch"] for entry in entries]
-        error = [100 - 100 * entry[f"{name}_accuracy"] for entry in entries]
-        if entries:
-            errors.plot(x, error, style, color=color, label=label)
+        errors = [100 - 100 * entry[f"{name}_accuracy"] for entry in entries]
+        right.plot(x, errors, style, color=color, label=label)
         if name != "train":
-            losses.plot(x, [entry[f"{name}_loss"] for entry in entries], style, color=color)
-    for axis in (losses, errors):
+            middle.plot(x, [entry[f"{name}_loss"] for entry in entries], style, color=color)
+    for axis in (middle, right):
         axis.set_yscale("log")
         low, high = axis.get_ylim()
-        axis.set_ylim(low / 2, 2 * high)  # room for two labels
+        axis.set_ylim(low / 2, 2 * high)  # so that two ticks are shown at least
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.minorticks_off()
         axis.yaxis.set_major_formatter("{x:g}")
     labels = ("learning rate", "cross-entropy loss", "error (%)")
-    for axis, label in zip((rates, losses, errors), labels):
+    for axis, label in zip((left, middle, right), labels):
         axis.set(xlabel="epoch", ylabel=label, xlim=(0, 1.04 * epochs))
         axis.locator_params("x", nbins=6, integer=True, min_n_ticks=1)
         axis.grid(axis="y", color="0.92")
@@ -285,11 +286,11 @@ def plot_filters(model: Net, reading: Reading) -> Figure:
     return figure
 
 
-TEMPERATURE = 4  # of doubts.png: at 1, nearly all points would lie at the names
+TEMPERATURE = 4  # at 1, nearly all points of doubts.png would lie on the names of the classes
 
 
 def plot_doubts(reading: Reading) -> Figure:
-    """A point for each image: the names' places on a circle, averaged by probability."""
+    """The names on a circle, and for each image a point: their mean, weighted by probability."""
     classes = len(NAMES)
     order = list(range(classes))
     if "".join(NAMES) == "0123456789":
@@ -301,7 +302,7 @@ def plot_doubts(reading: Reading) -> Figure:
     palette = matplotlib.colormaps["tab10" if classes <= 10 else "hsv"].resampled(classes)
     colors = palette(reading.labels.numpy())
     mistakes = reading.mistakes()
-    scale = 120 / max(120, len(mistakes))  # many mistakes: small dots, thin rims
+    scale = min(1, 120 / (len(mistakes) or 1))  # many mistakes: small dots, thin rims
     figure, axis = chart((8, 8.4), f"Between the answers: {reading.summary()}")
     axis.scatter(
         *points.t(), s=5, color=colors, linewidths=0, alpha=0.6,
@@ -326,11 +327,11 @@ def plot_doubts(reading: Reading) -> Figure:
 
 
 def plot_images(found: list[tuple[Image.Image, Tensor, dict[str, Any]]]) -> Figure:
-    """The triples of `photos.read_files`: image, what the network sees of it, report."""
+    """The triples of `photos.read_files`: image, its digits (N, 28, 28), report."""
     across = min(2, len(found))
     figure, axes = sheet(
         "What the network reads in your images",
-        "The image, what the network sees of it,\nand the probabilities where it is least sure",
+        "The image, what the network sees of it,\nand the probabilities of the least sure digit",
         rows=math.ceil(len(found) / across),
         columns=3 * across,
         panel=1.3,
@@ -369,16 +370,16 @@ def grad_cam(model: Net, x: Tensor, target: int) -> Tensor:
     the mean gradient of the class's logit over each map. Their sum is rectified and interpolated
     to the input's size. Raises UserError if no block has such a convolution.
     """
-    wide = [
+    blocks = [
         block
         for block in getattr(model, "blocks", [])
         for module in block.modules()
         if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1
     ]
-    if not wide:
+    if not blocks:
         raise UserError("no block has a convolution wider than 1x1")
     outputs = []
-    with wide[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output)):
+    with blocks[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output)):
         logits = model(x)
     maps = outputs[-1]
     (gradients,) = torch.autograd.grad(logits[0, target], maps)
@@ -402,7 +403,7 @@ def smooth_grad(model: nn.Module, x: Tensor, target: int) -> Tensor:
 
 
 def chart(size: tuple[float, float], title: str, columns: int = 1) -> tuple[Figure, Any]:
-    """A figure of `size` inches with a title, and its axis, or an array of so many `columns`."""
+    """A figure of `size` inches with a title, and its axis, or an array of `columns` axes."""
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title, x=0.1 / size[0], ha="left")
     return figure, figure.subplots(1, columns)
@@ -413,7 +414,7 @@ def sheet(
 ) -> tuple[Figure, np.ndarray]:
     """Empty square panels (rows, columns) with a title and a grey note.
 
-    `panel` and `gap` (across, down) are in inches. A layout engine would take minutes.
+    `panel` and `gap` (across, down) are in inches. Laid out by hand: an engine takes minutes.
     """
     header = 0.6 + 0.6 * gap[1] + 0.17 * note.count("\n")
     margin = 0.25
@@ -463,7 +464,7 @@ def save(figure: Figure, path: Path) -> None:
 def draw_split(
     args: argparse.Namespace, model: Net, checkpoint: dict[str, Any], device: torch.device
 ) -> list[Path]:
-    """Draw each picture, or delete its old file if it raises UserError; returns their paths."""
+    """Draw the pictures; returns their paths. Where one cannot be drawn, its old file goes."""
     split = utils.load_split(args.split, args.data_dir, checkpoint, device)
     reading = read_split(model, split, SPLITS[args.split], args.tta)
     model.cpu()  # where the images are
@@ -527,7 +528,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--images", type=Path, nargs="+", metavar="PATH",
         help="draw only images.png, of these images or folders of images")
     add("--raw", action="store_true",
-        help="take --images as the network sees them, ink 255, and look for no digits")
+        help="give --images of 28x28 pixels, ink 255, to the network as they are")
     add("--show", action="store_true", help="also open the pictures")
     args = parser.parse_args(argv)
     utils.refuse_unused(parser, args, "images", ["split", "data_dir", "tta"])

@@ -96,13 +96,12 @@ def test_one_epoch_on_the_whole_of_mnist(call, tmp_path):
     assert float(re.search(r"Final Test Accuracy: (\S+)%", out)[1]) > 98
 
 
-@pytest.mark.parametrize("has_stdout", [True, False])
 def test_mains_need_no_command_line_no_real_stdout_and_no_main_thread(
-    has_stdout, tiny, tmp_path, monkeypatch
+    tiny, tmp_path, monkeypatch
 ):
-    """In a notebook or a window, stdout can be written to and no more, or there is none."""
+    """In a notebook or a window, stdout can be written to and no more."""
     written = []
-    stdout = SimpleNamespace(write=written.append, flush=lambda: None) if has_stdout else None
+    stdout = SimpleNamespace(write=written.append, flush=lambda: None)
     monkeypatch.setattr(sys, "argv", ["notebook", "--unknown"])
     monkeypatch.setattr(sys, "stdout", stdout)
     monkeypatch.setenv("MNIST_DATA_DIR", str(tiny))
@@ -113,7 +112,7 @@ def test_mains_need_no_command_line_no_real_stdout_and_no_main_thread(
             stop = pool.submit(utils.run_script, partial(MAINS[script], words)).exception()
             assert isinstance(stop, SystemExit) and not stop.code, stop
     for words in ("Final Test Accuracy", "Confusion matrix"):
-        assert not has_stdout or words in "".join(written)
+        assert words in "".join(written)
 
 
 def test_the_five_files_run_without_extras(tiny, environment, tmp_path):
@@ -140,14 +139,16 @@ def test_a_gpu_that_cannot_be_used_is_one_line(call, refuse, tiny, trained, monk
 
 
 def test_weight_of_the_files():
-    """In thousands of bytes, so that it does not creep up."""
+    """In thousands of bytes."""
     five = [ROOT / name for name in ("model.py", "utils.py", *MAINS)]
     limits = {
-        91: five, 74: (ROOT / "extras").glob("*.py"), 133: (ROOT / "tests").glob("*.py"),
+        91: five, 69: (ROOT / "extras").glob("*.py"), 128: (ROOT / "tests").glob("*.py"),
         12: [ROOT / "README.md"], 15: [ROOT / "extras" / "README.md"],
     }
     for limit, files in limits.items():
         assert sum(path.stat().st_size for path in files) <= 1000 * limit, limit
+    page = (ROOT / "assets" / "draw.html").read_bytes()
+    assert len(re.sub(b'<script id="network".*', b"", page)) <= 53_000
     for path in (*five, *(ROOT / "extras").glob("*.py")):
         assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= 100, path
 
@@ -163,7 +164,7 @@ def test_onnx_gives_the_same_logits(call, trained, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime, path = pytest.importorskip("onnxruntime"), tmp_path / "m.onnx"
     out, _ = call("test_model.py", "--checkpoint", trained, "--export", path)
-    assert f"Wrote {path}: checked with onnxruntime" in out
+    assert f"Wrote {path}\n" == out
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     model, _ = utils.load_model(trained, CPU)
     for batch in (1, 7):

@@ -70,9 +70,8 @@ def assert_legible(figure):
 
 
 def test_as_a_user_types_it(run, trained, tmp_path):
-    """Without windows, extras/ and a folder for matplotlib's cache."""
+    """Without windows and a folder for matplotlib's cache."""
     out = tmp_path / "new" / "plots"
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['extras'] = None")
     env = {"MPLBACKEND": "nonsense", "MPLCONFIGDIR": __file__, "PYTHONPATH": str(tmp_path)}
     done = run(SCRIPT, "--checkpoint", trained, "--out", out, **env)
     assert_pictures(out, PICTURES)
