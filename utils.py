@@ -38,11 +38,11 @@ SPLITS = {"test": "test", "val": "validation", "train": "training"}
 
 
 class UserError(Exception):
-    """An error that the user can mend: one line says what is wrong, and what to do."""
+    """An error that the user can mend: one line says what is wrong and what to do."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells the default of each flag that has one."""
+    """Tells the defaults of flags that have one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_none = str(action.default) in ("None", "False", "[]")
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Exit with the status of `main`; a UserError is one line on stderr and status 2."""
-    torch.set_num_threads(1)  # more are slower as soon as anything else runs
+    torch.set_num_threads(1)  # more are slower on a busy machine
     with contextlib.suppress(ValueError):  # only the main thread can set signals
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     if hasattr(sys.stdout, "reconfigure"):
@@ -93,7 +93,7 @@ def say(kind: str, message: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """`error` in one line of at most 150 characters, without PyTorch's colours."""
+    """`error` in a line of at most 150 characters, without PyTorch's colours."""
     return " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())[:150]
 
 
@@ -170,7 +170,7 @@ HELD_OUT, DROPOUT, WEIGHTS, VARIANTS, ORDER = range(5)  # `use` of derive_seed
 
 
 def derive_seed(use: int, seed: int = 0, epoch: int = 0) -> int:
-    """A 32-bit seed of its own for each (use, seed, epoch)."""
+    """A 32-bit seed for each (use, seed, epoch)."""
     return int(np.random.SeedSequence((seed, epoch, use)).generate_state(1)[0])
 
 
@@ -195,7 +195,7 @@ class Split:
 def load_mnist(data_dir: Path, train: bool, device: torch.device) -> Split:
     """The training or the test images in `data_dir`, on `device`.
 
-    Raises UserError for files that are missing or damaged, or do not fit the network.
+    UserError for files that are missing or damaged, or do not fit the network.
     """
     if any(path.is_dir() for path in [*data_dir.glob("train/*"), *data_dir.glob("test/*")]):
         from extras import folders
@@ -223,7 +223,7 @@ def load_mnist(data_dir: Path, train: bool, device: torch.device) -> Split:
 def find_idx(data_dir: Path, train: bool, kind: str) -> Path:
     """The file of this `kind`, packed or not: in MNIST/raw, else the nearest one in `data_dir`.
 
-    Raises UserError if there is none, or if there are several.
+    UserError if there is none, or if there are several.
     """
     names = [f"train-{kind}"] if train else [f"t10k-{kind}", f"test-{kind}"]
     for pattern in ("MNIST/raw", ".", "*", "*/*"):
@@ -273,7 +273,7 @@ def make_splits(everything: Split, recipe: dict[str, Any]) -> tuple[Split, Split
     """The images to train on, and those held out, if any, by `recipe`. Its "fold" counts from 1.
 
     They are stratified, and the same for every seed. Folds are disjoint, and together they are all
-    images. Raises UserError if there are too few.
+    images. UserError if there are too few.
     """
     folds = recipe["folds"]
     count = len(everything)
@@ -367,7 +367,7 @@ class Loader:
             passes = min(PASSES_PER_EPOCH, len(self))
         shown = 0
         for i in range(1, passes + 1):
-            end = min(batch_size * (len(self) * i // passes), len(self.split))  # of a whole batch
+            end = min(batch_size * (len(self) * i // passes), len(self.split))  # of a batch
             for index in self.choose(end - shown, generator).split(chunk):
                 images = self.with_variants(index, generator) / 255
                 images = augment(images, self.recipe, generator)
@@ -376,13 +376,10 @@ class Loader:
             shown = end
 
     def choose(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` shuffled indices. A "hard_fraction" of them have the largest losses.
-
-        The others are random. In the first epoch, without losses, `count` is all images.
-        """
+        """`count` shuffled indices: a "hard_fraction" with the largest losses, others at random."""
         priority = torch.rand(len(self.losses), generator=generator)
         hardest = self.losses.topk(int(self.recipe["hard_fraction"] * count)).indices
-        priority[hardest.cpu()] += 1  # above that of every other image
+        priority[hardest.cpu()] += 1  # above all others
         chosen = priority.topk(count).indices
         return chosen[torch.randperm(count, generator=generator)].to(self.losses.device)
 
@@ -422,7 +419,7 @@ def affine_matrices(angle: Tensor, translate: Tensor, scale: Tensor, shear: Tens
     """
     angle = torch.deg2rad(angle)
     shear_x, shear_y = torch.deg2rad(shear).unbind(1)
-    # [[a, b], [c, d]] is rotation after shear, as torchvision's. Its determinant is 1: no scale.
+    # [[a, b], [c, d]] is rotation after shear, as torchvision's. Its determinant is 1.
     a = torch.cos(angle - shear_y) / torch.cos(shear_y)
     b = -a * torch.tan(shear_x) - torch.sin(angle)
     c = torch.sin(angle - shear_y) / torch.cos(shear_y)
@@ -477,7 +474,7 @@ def make_schedule(
 
     `step()` is called after each of the `steps` updates. In the first `warmup * steps` the rate
     rises along half a cosine from `lr` to `peak_lr`. Then it falls along another, to be 0 one step
-    after the last. Raises UserError if `lr` is above `peak_lr`.
+    after the last. UserError if `lr` is above `peak_lr`.
     """
     if lr > peak_lr:
         raise UserError(f"--lr {lr} is above --peak-lr {peak_lr}")
