@@ -27,7 +27,7 @@ def ink(index: int, side: int = 300, room: int = 0) -> Image.Image:
 
 
 def scan(index: int) -> Image.Image:
-    """Test digit `index` as a photo: off centre on tinted, noisy paper, in uneven light; some inverted."""
+    """Test digit `index` as a photo: off centre on tinted, noisy paper, in uneven light."""
     rng = np.random.default_rng(index)
     left, top, right, bottom = rng.integers(0, 200, 4).tolist()
     mask = np.asarray(ImageOps.expand(ink(index, int(rng.integers(150, 500))), (left, top, right, bottom)))

@@ -138,8 +138,8 @@ def test_a_gpu_that_cannot_be_used_is_one_line(call, refuse, tiny, trained, monk
         assert "warning: the GPU cannot be used, the CPU is: " in err
 
 
+@pytest.mark.original
 def test_weight_of_the_files():
-    """In thousands of bytes."""
     five = [ROOT / name for name in ("model.py", "utils.py", *MAINS)]
     limits = {
         91: five, 69: (ROOT / "extras").glob("*.py"), 128: (ROOT / "tests").glob("*.py"),

@@ -351,6 +351,7 @@ def test_what_fails_keeps_the_checkpoint(refuse, trained):
     assert [path.read_bytes() for path in trained.iterdir()] == [before]
 
 
+@pytest.mark.original
 def test_teachers_may_move_and_a_folder_of_runs_is_as_many(
     call, refuse, trained, tiny, tmp_path, monkeypatch
 ):

@@ -215,6 +215,7 @@ def grad_cam(net, x, target):
     return F.interpolate(total.clamp(min=0), (28, 28), mode="bilinear")[0, 0]
 
 
+@pytest.mark.original
 def test_explanations_show_both_classes(net, reading):
     shown = panels(viz.plot_explanations(net, reading))
     i = reading.mistakes()[1]
@@ -229,6 +230,7 @@ def test_explanations_show_both_classes(net, reading):
         assert_allclose(pixels(axis), heat, 1e-4, 1e-6)
 
 
+@pytest.mark.original
 def test_filters_and_maps(net, reading):
     shown = [pixels(axis) for axis in panels(viz.plot_filters(net, reading))]
     assert len(shown) == 1 + 12 + 12 + 24 + 24 + 12
