@@ -331,7 +331,7 @@ def plot_images(found: list[tuple[Image.Image, Tensor, dict[str, Any]]]) -> Figu
     across = min(2, len(found))
     figure, axes = sheet(
         "What the network reads in your images",
-        "The image, what the network sees of it,\nand the probabilities of the least sure one",
+        "The image, what the network sees of it,\nand the probabilities where it is least sure",
         rows=math.ceil(len(found) / across),
         columns=3 * across,
         panel=1.3,
