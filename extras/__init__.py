@@ -1,1 +1,0 @@
-"""What goes beyond the specification: README.md says what each module is for."""

@@ -70,10 +70,12 @@ def export_page(model: Net, path: Path, checkpoint: dict[str, Any]) -> None:
 
 def handwriting(checkpoint: dict[str, Any]) -> str:
     """A sentence on what it has learnt from; "" if that was not MNIST."""
-    mnist = utils.load_checkpoint(PRETRAINED)["data_crc"]
-    if checkpoint["data_crc"] != mnist:
+    if checkpoint["data_crc"] != utils.load_checkpoint(PRETRAINED)["data_crc"]:
         return ""
-    strokes = ", with flags, bars, tails and slashes" if checkpoint["recipe"]["variants"] else ""
+    strokes = ""
+    if checkpoint["recipe"]["variants"]:
+        strokes = (", with flags drawn onto ones, bars through sevens, tails under nines and "
+                   "slashes through zeros")
     return f"It has learnt American handwriting (MNIST){strokes}."
 
 
