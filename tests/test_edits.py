@@ -58,8 +58,7 @@ ANOTHER_NET = """\
 class Net(nn.Sequential):
     def __init__(self, **settings):
         conv = nn.Conv2d(1, 8, 5)
-        dense = nn.Linear(288, 10)
-        super().__init__(conv, nn.MaxPool2d(4), nn.Flatten(), nn.Dropout(0.25), dense)
+        super().__init__(conv, nn.MaxPool2d(4), nn.Flatten(), nn.Dropout(), nn.Linear(288, 10))
 """
 EDITS = {
     "block": Edit(

@@ -70,7 +70,6 @@ def test_flags_that_would_be_ignored_are_refused(refuse, tmp_path):
 
 @pytest.mark.parametrize("script", ["test_model.py", "visualize_errors.py"])
 def test_a_test_set_of_one_image(script, call, trained, tmp_path, monkeypatch):
-    """Whether it is read right or wrong."""
     monkeypatch.chdir(tmp_path)
     for digit, label, tta in ((0, 7, ()), (8, 0, ("--tta",))):
         image = mnist(train=False).images[digit, 0]

@@ -151,11 +151,11 @@ def test_many_classes_and_mistakes(monkeypatch):
     figure = viz.plot_doubts(emnist)
     assert_legible(figure)
     _, mistakes = figure.axes[0].collections
-    assert mistakes.get_linewidths()[0] < 0.3 and mistakes.get_sizes()[0] < 10  # no black blob
+    assert mistakes.get_linewidths()[0] < 0.3 and mistakes.get_sizes()[0] < 10
 
 
 def test_errors_are_sorted_and_counted(reading):
-    assert viz.percent(torch.tensor(0.9992)) == "> 99.9%"  # and never 100
+    assert viz.percent(torch.tensor(0.9992)) == "> 99.9%"
     confidence, predicted = reading.probabilities.max(1)
     wrong = (predicted != reading.labels).nonzero()[:, 0].tolist()
     wrong.sort(key=lambda i: -confidence[i])
