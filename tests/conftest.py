@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -131,6 +133,36 @@ def refuse(call: Callable[..., tuple[str, str]]) -> Callable[..., None]:
         assert all(str(word) in err for word in words), err
 
     return refuse
+
+
+def our_modules() -> list[str]:
+    """The names of all imported modules that `edit` replaces."""
+    ours = ("model", "utils", "train", "test_model", "visualize_errors", "extras")
+    return [name for name in sys.modules if name.split(".")[0] in ours]
+
+
+@pytest.fixture
+def edit(call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """edit("model.py", text): from now on, `call` runs a copy of the scripts with that text."""
+
+    def edit(file: str, text: str) -> None:
+        for script in ("model.py", "utils.py", *MAINS):
+            shutil.copy(ROOT / script, tmp_path)
+        for folder in ("assets", "extras"):
+            (tmp_path / folder).symlink_to(ROOT / folder)
+        (tmp_path / file).write_text(text, encoding="utf-8")
+        for name in our_modules():
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.chdir(tmp_path)
+        for script in MAINS:
+            module = importlib.import_module(script[:-3])
+            monkeypatch.setitem(MAINS, script, module.main)
+        monkeypatch.setitem(globals(), "utils", sys.modules["utils"])
+
+    yield edit
+    for name in our_modules():
+        del sys.modules[name]
 
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -113,7 +113,7 @@ def test_pictures_are_read(kind, tmp_path):
     count, least = (60, 58) if kind == "scan" else (10, 9 if kind in PHOTOS else 8)
     for k in range(count):
         image, answer = (photo(kind, k), f"{MNIST.labels[k]}") if kind in PHOTOS else number(kind, k)
-        path = tmp_path / answer / f"{k}.png"
+        path = tmp_path / answer / f"{k}.bmp"  # fast to write
         path.parent.mkdir(exist_ok=True)
         image.save(path)
     results, _ = read_images(load_pretrained(HANDWRITING), [tmp_path], labels=True)

@@ -214,11 +214,11 @@ def test_what_is_out_of_range_is_one_line(flags, refuse, tmp_path):
     assert not out.exists()
 
 
-def test_train_logs_in_the_specifications_format_and_learns(run, trained, tmp_path):
+def test_train_logs_in_the_specifications_format_and_learns(call, trained, tmp_path):
     flags = ("--epochs", 3, "--val-size", 400, "--dropout-until", 0)
-    done = run("train.py", *flags, "--out", tmp_path)
-    assert done.stderr == ""  # the bar is for terminals
-    lines = done.stdout.splitlines()
+    out, err = call("train.py", *flags, "--out", tmp_path)
+    assert err == ""  # the bar is for terminals
+    lines = out.splitlines()
     checkpoint = utils.load_checkpoint(tmp_path / "model.pt")
     history, metrics = checkpoint["history"], checkpoint["metrics"]
     parameters = count_parameters(Net())
