@@ -48,14 +48,16 @@ DIGITS = [*map(parse, [
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="the page was not tested: pip install selenium")
+    untested = "the page was not tested: "
+    webdriver = pytest.importorskip("selenium.webdriver", reason=untested + "pip install selenium")
     chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and chromedriver):
-        pytest.skip("the page was not tested: no chromium and chromedriver (Debian: apt install chromium-driver)")
+        pytest.skip(untested + "no chromedriver (Debian: apt install chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    for flag in [*flags.split(), "disable-component-update", "disable-sync", "window-size=1000,900"]:
+    flags = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-sync"
+    flags += " disable-background-networking disable-component-update window-size=1000,900"
+    for flag in flags.split():
         options.add_argument(f"--{flag}")
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -74,7 +76,11 @@ def page(browser) -> Iterator:
     yield browser
     assert browser.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    urls = [
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    ]
     assert PAGE.as_uri() in urls
     assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
 
@@ -93,8 +99,11 @@ def draw(page, strokes: list[list[tuple[int, int]]], kind: str = "mouse"):
     sheet = page.execute_script("return document.getElementById('drawing').getBoundingClientRect()")
     actions = ActionBuilder(page, mouse=PointerInput(kind, kind), duration=0)
     for stroke in strokes:
-        places = [(round(sheet["x"] + sheet["width"] * x / 100), round(sheet["y"] + sheet["height"] * y / 100))
-                  for x, y in stroke]
+        places = [
+            (round(sheet["x"] + sheet["width"] * x / 100),
+             round(sheet["y"] + sheet["height"] * y / 100))
+            for x, y in stroke
+        ]
         actions.pointer_action.move_to_location(*places[0]).pointer_down()
         for place in places[1:]:
             actions.pointer_action.move_to_location(*place)
@@ -128,26 +137,32 @@ def png(image: Image.Image) -> bytes:
 def run_network(page, script: str, images: torch.Tensor) -> torch.Tensor:
     """What `script` makes of each `image`, uint8 (N, 1, 28, 28) as base64, in the page."""
     words = [base64.b64encode(image.numpy()).decode() for image in images]
-    return torch.tensor(page.execute_script(f"return arguments[0].map(image => Array.from({script}))", words))
+    script = f"return arguments[0].map(image => Array.from({script}))"
+    return torch.tensor(page.execute_script(script, words))
 
 
 def side_by_side(number: str) -> list[list[tuple[float, float]]]:
     """Strokes of the digits of `number`, each in its share of the sheet."""
     share = 1 / len(number)
-    return [[(share * (100 * i + 1.5 * x - 25), 50 + 1.5 * share * (y - 50)) for x, y in stroke]
-            for i, digit in enumerate(number) for stroke in DIGITS[int(digit)]]
+    return [
+        [(share * (100 * i + 1.5 * x - 25), 50 + 1.5 * share * (y - 50)) for x, y in stroke]
+        for i, digit in enumerate(number)
+        for stroke in DIGITS[int(digit)]
+    ]
 
 
+SMALL_3 = [[(60 + x / 4, 5 + y / 4) for x, y in stroke] for stroke in DIGITS[3]]
+LEANING = [[(x + 12, 30), (x + 34, 29), (x + 24, 55), (x + 16, 80)] for x in (0, 20)]
 DRAWINGS = {  # strokes and the answer
     **{str(digit): (strokes, str(digit)) for digit, strokes in enumerate(DIGITS)},
     **{number: (side_by_side(number), number) for number in ("472", "15", "80549")},
-    "small 3 in a corner": ([[(60 + x / 4, 5 + y / 4) for x, y in stroke] for stroke in DIGITS[3]], "3"),
+    "small 3 in a corner": (SMALL_3, "3"),
     "flagged 1": (parse("26,44 46,33 64,20 66,18 65,22 56,50 48,82"), "1"),
     "barred 7": (parse("30,24 50,22 68,20 60,44 50,82 / 34,54 50,52 72,50"), "7"),
     "4 with a gap": (parse("40,20 36,36 32,52 44,53 55,52 / 58,20 59,60 58,82"), "4"),
     "a dot": ([[(50, 50)]], "1"),
     "a scribble": (parse("20,70 70,30 30,40 80,75 50,15 25,55 75,50"), "(nine looks disagree)"),
-    "leaning 77": ([[(x + 12, 30), (x + 34, 29), (x + 24, 55), (x + 16, 80)] for x in (0, 20)], "77"),
+    "leaning 77": (LEANING, "77"),
 }
 
 
@@ -155,20 +170,22 @@ DRAWINGS = {  # strokes and the answer
 def test_drawing_is_read(page, name):
     strokes, answer = DRAWINGS[name]
     draw(page, strokes, {"8": "pen", "3": "touch"}.get(name, "mouse"))
-    assert text(page, "answer").endswith(answer) if "(" in answer else text(page, "answer") == answer
+    read = text(page, "answer")
+    assert read.endswith(answer) if "(" in answer else read == answer
 
 
-@pytest.mark.parametrize("number, answer", [("4", "4, or perhaps 9"), ("141", "141, or perhaps 191")])
-def test_unsure_answer_names_two(page, number, answer):
+@pytest.mark.parametrize("number, second", [("4", "9"), ("141", "191")])
+def test_unsure_answer_names_two(page, number, second):
     page.execute_script(
         """
         const logits = { 1: [0, 9, 0, 0, 0, 0, 0, 0, 0, 0], 4: [0, 0, 0, 0, 4, 0, 0, 0, 0, 3] };
-        digits = Array.from(arguments[0], digit => ({ row: 0, probabilities: softmax(logits[digit]) }));
+        const read = digit => ({ row: 0, probabilities: softmax(logits[digit]) });
+        digits = Array.from(arguments[0], read);
         showAnswer(digits[0]);
         """,
         number,
     )
-    assert text(page, "answer") == answer
+    assert text(page, "answer") == f"{number}, or perhaps {second}"
 
 
 def test_undo_and_clear(page):
@@ -191,17 +208,20 @@ def test_undo_and_clear(page):
 
 def test_unsure_digits_are_looked_at_nine_times(page, test_split):
     model = network.load_pretrained(HANDWRITING)
-    images = test_split.images[utils.predict(model, test_split.images).softmax(1).amax(1).argsort()[:30]]
+    confidence = utils.predict(model, test_split.images).softmax(1).amax(1)
+    images = test_split.images[confidence.argsort()[:30]]
     found = run_network(page, "read(network, bytes(image)).probabilities", images)
     one, nine = (utils.predict(model, images, tta).softmax(1) for tta in (False, True))
     assert (one - nine).abs().max() > 0.05
     torch.testing.assert_close(found, nine, atol=1e-3, rtol=0)
 
 
+NAMES = ("white-on-black.png", "transparent-chalk.png", "tight.png")
+KINDS = ("long", "tile", "squared", "strip", "small", "finger", "two rows")
 PICTURES = {
-    **{name: VARIANTS[name] for name in ("white-on-black.png", "transparent-chalk.png", "tight.png")},
+    **{name: VARIANTS[name] for name in NAMES},
     **{f"{kind}.png": photo(kind, 0) for kind in ("lined", "shadow", "desk", "island")},
-    **{f"{kind}.png": number(kind, 0)[0] for kind in [*"long tile squared strip small finger".split(), "two rows"]},
+    **{f"{kind}.png": number(kind, 0)[0] for kind in KINDS},
 }
 
 
@@ -219,10 +239,13 @@ def test_images_are_read_as_python_reads_them(page, tmp_path, name):
         assert likeness(ours, theirs) > 0.9
 
 
-@pytest.mark.parametrize("name, message", [("notes.txt", "is no image"), ("blank.png", "is blank")])
-def test_file_without_a_digit_is_one_line(page, name, message):
-    hand_over(page, "drop", name, png(Image.new("L", (200, 100), "white")) if "blank" in name else b"no image")
-    assert text(page, "notice").startswith(f"{name} {message}")
+BLANK = Image.new("L", (200, 100), "white")
+
+
+@pytest.mark.parametrize("content, message", [(b"seven", "is no image"), (png(BLANK), "is blank")])
+def test_file_without_a_digit_is_one_line(page, content, message):
+    hand_over(page, "drop", "a.png", content)
+    assert text(page, "notice").startswith(f"a.png {message}")
     assert text(page, "answer") == "Nothing yet"
 
 
@@ -239,7 +262,8 @@ def test_damaged_network_is_refused(browser, tmp_path, pattern, damaged):
 def refuses(browser, folder: Path) -> bool:
     """Whether the page in `folder` says that it is damaged and shows no sheet."""
     browser.get((folder / "draw.html").as_uri())
-    damaged = text(browser, "refusal").startswith("The network in this page is damaged, or the page computes")
+    words = "The network in this page is damaged, or the page computes"
+    damaged = text(browser, "refusal").startswith(words)
     return damaged and not browser.find_element("id", "drawing").is_displayed()
 
 
@@ -250,21 +274,19 @@ def test_networks_are_exported(browser, test_split, tmp_path, monkeypatch, setti
     model.blocks.insert(3, copy.deepcopy(model.blocks[2]))
     export.export_page(model, tmp_path / "draw.html", OTHER_DATA)
     browser.get((tmp_path / "draw.html").as_uri())
-    assert "MNIST" not in text(browser, "handwriting") and "digit" not in text(browser, "title") + text(browser, "hint")
+    assert "MNIST" not in text(browser, "handwriting")
+    assert "digit" not in text(browser, "title") + text(browser, "hint")
     logits = run_network(browser, "forward(network, bytes(image)).logits", images)
     torch.testing.assert_close(logits, utils.predict(model, images), atol=1e-3, rtol=0)
 
 
-NOT_EXPORTED = {  # the layer that replaces another
-    "fc2": torch.nn.Identity(), "act": torch.nn.Mish(),
-}
-
-
-@pytest.mark.parametrize("layer", NOT_EXPORTED)
-def test_network_that_the_page_cannot_run_is_not_exported(tmp_path, layer):
+@pytest.mark.parametrize("layer, other, words", [
+    ("fc2", torch.nn.Identity(), "draw.html cannot run this network"),
+    ("act", torch.nn.Mish(), "Mish; add it to ACTIVATIONS in assets/draw.html"),
+])
+def test_network_that_the_page_cannot_run_is_not_exported(tmp_path, layer, other, words):
     model = Net()
-    model.set_submodule(layer, NOT_EXPORTED[layer])
-    words = "Mish; add it to ACTIVATIONS in assets/draw.html" if layer == "act" else "draw.html cannot run this network"
+    model.set_submodule(layer, other)
     with pytest.raises(utils.UserError, match=re.escape(words)):
         export.export_page(model.eval(), tmp_path / "draw.html", OTHER_DATA)
     assert list(tmp_path.iterdir()) == []
