@@ -49,7 +49,7 @@ def read_images(
     """
     files = find_images(paths)
     if labels:
-        for folder in {file.absolute().parent for file in files}:
+        for folder in {file.absolute().parent for file in files if file.is_file()}:
             if folder.name not in CLASS_NAMES and not folder.name.replace(" ", "").isdecimal():
                 raise UserError(f"--labels: {folder} is named after no number")
     images = [report for _, _, report in read_files(model, files, raw)]
@@ -94,31 +94,26 @@ def classify(model: nn.Module, digits: Tensor, tta: bool = True) -> Tensor:
     return utils.predict(model, digits.unsqueeze(1).to(device), tta).softmax(1).cpu()
 
 
-def describe(path: Path, probabilities: Tensor, row_lengths: Sequence[int]) -> dict[str, Any]:
+def describe(path: Path, probabilities: Tensor, row_lengths: list[int]) -> dict[str, Any]:
     """The report on one image: `probabilities` (N, 10) of its digits, `row_lengths` per row."""
     confidences, digits = probabilities.max(1)
+    least = int(confidences.argmin())
     each = zip(digits.tolist(), confidences.tolist(), probabilities.tolist())
     report = {
         "path": str(path),
         "number": digits_to_text(digits, row_lengths),
-        "confidence": confidences.min().item(),
+        "confidence": confidences[least].item(),
         "digits": [{"digit": d, "confidence": c, "probabilities": p} for d, c, p in each],
     }
-    guess = second_guess(probabilities, row_lengths)
-    return {**report, "second_guess": guess} if guess else report
+    if confidences[least] < UNSURE:
+        digits[least] = probabilities[least].topk(2).indices[1]
+        report["second_guess"] = digits_to_text(digits, row_lengths)
+    return report
 
 
-def second_guess(probabilities: Tensor, row_lengths: Sequence[int] = ()) -> str | None:
-    """The number with the second guess for the least sure digit of (N, 10), if below UNSURE."""
-    confidences, digits = probabilities.max(1)
-    least = int(confidences.argmin())
-    digits[least] = probabilities[least].topk(2).indices[1]
-    return digits_to_text(digits, row_lengths) if confidences[least] < UNSURE else None
-
-
-def digits_to_text(digits: Tensor, row_lengths: Sequence[int] = ()) -> str:
-    """Digits (N,) as a string, with a blank between rows of `row_lengths`; one row without."""
-    rows = digits.split(list(row_lengths or [len(digits)]))
+def digits_to_text(digits: Tensor, row_lengths: list[int]) -> str:
+    """Digits (N,) as a string, with a blank between rows of `row_lengths`."""
+    rows = digits.split(row_lengths)
     return " ".join("".join(CLASS_NAMES[digit] for digit in row) for row in rows)
 
 
@@ -200,8 +195,7 @@ def open_image(path: str | Path) -> tuple[Image.Image, Image.Image]:
         image = Image.fromarray(np.uint8(values))
     elif image.mode not in ("L", "RGB") or image.has_transparency_data:
         image = image.convert("RGBA")
-    image = ImageOps.exif_transpose(image.reduce(math.ceil(scale_side(image.size) / WORK_SIZE)))
-    image = image.convert("RGBA")
+    image = image.reduce(math.ceil(scale_side(image.size) / WORK_SIZE)).convert("RGBA")
     paper = Image.new("RGBA", image.size, "white")
     paper.alpha_composite(image)
     return paper.convert("RGB"), image.getchannel("A")
@@ -213,7 +207,7 @@ def scale_side(size: Sequence[int]) -> int:
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """The image at `path` as it is stored; UserError, one line naming the file, if it cannot be."""
+    """The image at `path`, upright; UserError, one line naming the file, if it cannot be read."""
     if os.path.isdir(path):
         raise UserError(f"{path}: no images in this folder")
     try:
@@ -230,8 +224,8 @@ def load_image(path: str | Path) -> Image.Image:
             if image.format in FRAMES and count > 1:
                 frames = (frame.convert("RGBA") for frame in ImageSequence.Iterator(image))
                 # The one with most ink: its colours and alpha vary most.
-                return max(frames, key=lambda frame: sum(ImageStat.Stat(frame).stddev))
-            image.load()
+                image = max(frames, key=lambda frame: sum(ImageStat.Stat(frame).stddev))
+            ImageOps.exif_transpose(image, in_place=True)  # loads it, too
             return image
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
         reason = getattr(error, "strerror", None) or utils.one_line(error) or type(error).__name__

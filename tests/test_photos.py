@@ -13,7 +13,7 @@ from conftest import HANDWRITING, ROOT, mnist
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
-from extras.photos import MORE, find_images, read_images, read_number, read_raw, second_guess
+from extras.photos import MORE, describe, find_images, read_images, read_number, read_raw
 from model import load_pretrained
 from utils import UserError
 
@@ -174,6 +174,7 @@ VARIANTS = {
     "framed.png": ImageOps.expand(PLAIN, 12, 20),
     "specked.png": SPECKED,
     "cmyk.jpg": PLAIN.convert("CMYK"),
+    "damaged-exif.jpg": PLAIN,
     "turned.jpg": PLAIN.transpose(Image.Transpose.ROTATE_90),
     "palette.png": CLEAR.convert("RGBA").quantize(16),
     "turned-transparent.png": CLEAR.transpose(Image.Transpose.ROTATE_90),
@@ -187,7 +188,9 @@ VARIANTS = {
 
 BLANK = Image.new("L", PLAIN.size, 255)
 FRAMES = {"save_all": True, "append_images": [PLAIN, BLANK]}  # the first is BLANK
-SAVED_WITH = {"animated": FRAMES, "turned": {"exif": TURNED}}
+SAVED_WITH = {
+    "animated": FRAMES, "turned": {"exif": TURNED}, "damaged": {"exif": b"Exif\0\0II*\0"},
+}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -232,10 +235,12 @@ def test_labels_are_numbers(tmp_path):
     for folder, saved in {"7": PLAIN, "4": PLAIN, answer.replace(" ", ""): image}.items():
         (tmp_path / folder).mkdir()
         saved.save(tmp_path / folder / "a.png")
-    assert read_images(load_pretrained(HANDWRITING), [tmp_path], labels=True)[0]["right"] == 2
+    model = load_pretrained(HANDWRITING)
+    assert read_images(model, [tmp_path], labels=True)[0]["right"] == 2
     (tmp_path / "4").rename(tmp_path / "seven")
+    assert read_images(model, [tmp_path / "nowhere" / "a.png"], labels=True)[1] == 1
     with pytest.raises(UserError, match="seven is named after no number"):
-        read_images(load_pretrained(HANDWRITING), [tmp_path], labels=True)
+        read_images(model, [tmp_path], labels=True)
 
 
 def test_what_cannot_be_read_is_one_line_each(call, trained, tmp_path):
@@ -264,7 +269,9 @@ def test_what_cannot_be_read_is_one_line_each(call, trained, tmp_path):
 
 def test_second_guess():
     sure, unsure = torch.eye(10)[3], torch.eye(10)[4] * 0.6 + torch.eye(10)[9] * 0.4
-    assert second_guess(torch.stack([sure, unsure])) == "39" and second_guess(sure[None]) is None
+    report = describe("a.png", torch.stack([sure, unsure]), [2])
+    assert report["number"] == "34" and report["second_guess"] == "39"
+    assert "second_guess" not in describe("a.png", sure[None], [1])
 
 
 def test_find_images(tmp_path, capsys, monkeypatch):
