@@ -42,8 +42,8 @@ def run(args: argparse.Namespace, recipe: dict[str, Any], command: list[str]) ->
             commands[folder] += ["--tensorboard", str(board)]
         if args.resume:
             check_resumable(folder, recipe)
-    if not args.resume and any(args.out.glob("*/*.pt")):
-        print(f"Replaces the runs in {args.out}; to go on with them, add --resume")
+        elif any(folder.glob("*.pt")):
+            print(f"Replaces {folder}; to go on with it, add --resume")
     is_cpu = utils.choose_device(args.device).type == "cpu"
     jobs = args.jobs or (max(1, available_cores() // recipe["threads"]) if is_cpu else 1)
     with utils.locked(args.out):
