@@ -151,7 +151,7 @@ def test_one_edit_is_enough(name, call, edit, tiny, tmp_path, monkeypatch):
     if change.file == "model.py":
         for ending, refusal in zip((".onnx", ".html"), change.refused):
             if ending == ".onnx" and not find_spec("onnxscript"):
-                refusal = "needs the package"
+                refusal = "ONNX needs packages"
             path = Path("network" + ending)
             flags = ("--checkpoint", "whole", "--export", path)
             _, err = call("test_model.py", *flags, status=2 if refusal else 0)
