@@ -112,12 +112,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--json", metavar="PATH",
         help="also write the results as JSON, all shares from 0 to 1; -: print nothing else")
-    add("--images", type=Path, nargs="+", metavar="PATH",
-        help="read these images, or folders of images; each shows a digit or a number")
     add("--labels", action="store_true",
         help="take the name of an image's folder, such as 472, as its label; print the accuracy")
-    add("--raw", action="store_true",
-        help="give --images of 28x28 pixels, ink 255, to the network as they are")
     add("--export", type=Path, metavar="FILE",
         help="only write the network to FILE: as ONNX (.onnx), or as a page to draw on (.html)")
     args = parser.parse_args(argv)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import shlex
 import sys
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
@@ -35,7 +35,7 @@ class Run:
 
     recipe: dict[str, Any]  # the settings of parse_args
     data_crc: int  # checksum of all training images and labels, also of those held out
-    teacher_crcs: list[int]
+    teacher_crcs: list[int]  # checksums of their files, which may move and must not change
     loader: Loader
     model: Net
     average: Net  # has the averaged weights of `model`; it is measured and saved
@@ -202,11 +202,7 @@ def build_run(recipe: dict[str, Any], split: Split, data_crc: int, device: torch
         from extras.variants import draw_variants
 
         variants = draw_variants(split, recipe["seed"])
-    teacher_crcs = []
-    if recipe["teacher"]:
-        from extras.teachers import checksums
-
-        teacher_crcs = checksums(recipe["teacher"])
+    teacher_crcs = [zlib.crc32(Path(path).read_bytes()) for path in recipe["teacher"]]
     loader = Loader(split, recipe, variants)
     optimizer = utils.make_optimizer(
         model, recipe["lr"], recipe["momentum"], recipe["weight_decay"]
@@ -215,8 +211,6 @@ def build_run(recipe: dict[str, Any], split: Split, data_crc: int, device: torch
     scheduler = utils.make_schedule(
         optimizer, recipe["lr"], recipe["peak_lr"], recipe["warmup"], steps
     )
-    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise UserError("make_schedule: ReduceLROnPlateau needs a metric; use another schedule")
     return Run(
         recipe, data_crc, teacher_crcs, loader, model, average,
         make_loss(recipe, device), optimizer, scheduler, find_dropout(model),
@@ -227,7 +221,7 @@ def announce(run: Run, out: Path, device: torch.device) -> None:
     """Say what is trained, and what it replaces."""
     epochs = run.recipe["epochs"]
     if run.history:
-        print(f"Resuming {out} after epoch {len(run.history)} of {epochs}", flush=True)
+        print(f"Resuming {out} after epoch {len(run.history)} of {epochs}")
         return
     threads = run.recipe["threads"]
     where = str(device)
@@ -242,8 +236,7 @@ def announce(run: Run, out: Path, device: torch.device) -> None:
     hard = ""
     if run.recipe["hard_fraction"] and epochs > 1:
         hard = f", {run.recipe['hard_fraction']:.0%} of them hard from epoch 2 on"
-    print(f"Train loss and accuracy are of augmented images{hard}; on plain images both are better",
-          flush=True)
+    print(f"Train loss and accuracy are of augmented images{hard}; on plain images both are better")
 
 
 def end_epoch(run: Run, entry: dict[str, Any], val_split: Split | None, out: Path) -> None:
@@ -279,7 +272,6 @@ def print_epoch(entry: dict[str, Any]) -> None:
     print(f"Train Loss: {entry['train_loss']:.4f} | Accuracy: {entry['train_accuracy']:.2%}")
     if "val_accuracy" in entry:
         print(f"Validation Loss: {entry['val_loss']:.4f} | Accuracy: {entry['val_accuracy']:.2%}")
-    print(end="", flush=True)
 
 
 def finish(run: Run, splits: dict[str, Split], out: Path) -> dict[str, float]:
@@ -356,20 +348,13 @@ def restore(run: Run, path: Path) -> None:
 
 
 def what_is_kept(run: Run, args: argparse.Namespace) -> str:
-    """What a stopped training leaves, and the command that goes on."""
+    """What a stopped training leaves, and how to go on."""
     if args.dry_run or not (run.history or (args.out / "last.pt").exists()):
         return "Nothing is kept of this training; the same command starts it again."
-    words = ["python", "train.py", "--resume", "--out", args.out]
-    default, _ = parse_args([])
-    if args.data_dir != default.data_dir:
-        words += ["--data-dir", args.data_dir]
-    if args.device != default.device:
-        words += ["--device", args.device]
-    if run.history:
-        kept = f"{len(run.history)} of {run.recipe['epochs']} epochs are kept"
-    else:
-        kept = "Nothing is kept of this training, but the one before it is still there"
-    return f"{kept}; this goes on: {shlex.join(map(str, words))}"
+    if not run.history:
+        return "Nothing is kept of this training; --resume goes on with the one before it."
+    kept = f"{len(run.history)} of {run.recipe['epochs']} epochs are kept"
+    return f"{kept}; the same command with --resume goes on."
 
 
 def resumed_recipe(checkpoint: dict[str, Any], argv: list[str]) -> dict[str, Any]:

@@ -62,13 +62,12 @@ class Parser(argparse.ArgumentParser):
 def run_script(main: Callable[[], int | None]) -> None:
     """Exit with the status of `main`; a UserError is one line on stderr and status 2."""
     torch.set_num_threads(1)  # more are slower on a busy machine
-    with contextlib.suppress(ValueError):  # only the main thread can set signals
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # some file names cannot be printed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        # Some file names cannot be printed. In a log, an error comes last.
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         status = main()
-        print(end="", flush=True)  # a full disk fails here
     except UserError as error:
         status = 2
         say("error", str(error))
@@ -124,7 +123,7 @@ def add_common_flags(parser: Parser) -> None:
 
 
 def add_checkpoint_flags(parser: Parser) -> None:
-    """--checkpoint, --split and --tta, for those that read a checkpoint."""
+    """Those of the two scripts that read a checkpoint."""
     add = parser.add_argument
     add("--checkpoint", type=Path, default=Path("checkpoints"), metavar="PATH",
         help="weights of train.py, or their folder")
@@ -132,6 +131,10 @@ def add_checkpoint_flags(parser: Parser) -> None:
         help="read the test images, those held out from training, or the training images")
     add("--tta", action="store_true",
         help="test-time augmentation: nine looks at images that one look is not sure of")
+    add("--images", type=Path, nargs="+", metavar="PATH",
+        help="read these images, or folders of images; each shows a digit or a number")
+    add("--raw", action="store_true",
+        help="give --images of 28x28 pixels, ink 255, to the network as they are")
 
 
 def refuse_unused(parser: Parser, args: argparse.Namespace, name: str, others: list[str]) -> None:
@@ -243,7 +246,7 @@ def find_idx(data_dir: Path, train: bool, kind: str) -> Path:
 def read_idx(path: Path) -> Tensor:
     """The uint8 tensor in an IDX file (see LeCun's MNIST page), packed or not.
 
-    Reads at most a byte more than the header declares. UserError if the file is damaged.
+    UserError if the file is damaged.
     """
     try:
         with path.open("rb") as raw:
@@ -254,7 +257,7 @@ def read_idx(path: Path) -> Tensor:
             if zeros != 0 or size == 0:
                 raise ValueError("its header is wrong")
             if kind != 8:
-                raise ValueError(f"its numbers are of type {kind:#04x}, and 0x08 (uint8) is needed")
+                raise ValueError(f"its numbers are of type {kind:#04x}, not 0x08 (uint8)")
             data = bytearray(file.read(size + 1))  # + 1 reaches the end: gzip checks there
             if len(data) != size:
                 what = "truncated" if len(data) < size else "too long"
@@ -604,7 +607,7 @@ def check_same(path: Path, stored: dict[str, Any], recipe: dict[str, Any]) -> No
         made = " ".join(f"--{name.replace('_', '-')} {stored.get(name)}" for name in changed)
         made = re.sub(r"[\[\],]", "", made)  # [1, 2] as 1 2
         raise UserError(f"{path} was made with {made}: --resume cannot change that; leave the flag "
-                        "out, or train into another --out, perhaps with this as --teacher")
+                        "out, or train into another --out")
 
 
 def find_runs(path: Path) -> list[Path]:
@@ -623,8 +626,7 @@ def find_runs(path: Path) -> list[Path]:
     if others := sorted([*folder.glob("*.pt"), *folder.glob("*/*.pt")]):
         hint = f"there is {others[0]}"
         if others[0].name == "last.pt":
-            hint += (", a training that is not finished; to go on, with its --data-dir: "
-                     f"python train.py --resume --out {others[0].parent}")
+            hint += ", not finished: its command with --resume goes on"
     raise UserError(f"there is no {path}; {hint}")
 
 

@@ -15,12 +15,8 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"  # a notebook sets a backend that may be missing here
     logging.getLogger("matplotlib").setLevel("ERROR")  # no word on a temporary cache
-try:
-    import matplotlib.style
-except OSError as error:  # no cache can be made
-    print(f"visualize_errors.py: error: {error}", file=sys.stderr)
-    sys.exit(2)
 
+import matplotlib.style
 import numpy as np
 import torch
 import torch.nn as nn
@@ -455,7 +451,7 @@ def save(figure: Figure, path: Path) -> None:
     with utils.atomic_write(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the font lacks the letters of some names
         figure.savefig(temporary, format="png")
-    print(f"{path}: {figure.get_suptitle()}".replace("\n", ", "), flush=True)
+    print(f"{path}: {figure.get_suptitle()}".replace("\n", ", "))
 
 
 # --- The command line ---
@@ -525,10 +521,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--out", type=Path, default=Path("plots"), metavar="DIR", help="folder of the pictures")
     add("--max", type=utils.number(int, 1, 300), default=50, metavar="N",
         help="mistakes or images to show at most")
-    add("--images", type=Path, nargs="+", metavar="PATH",
-        help="draw only images.png, of these images or folders of images")
-    add("--raw", action="store_true",
-        help="give --images of 28x28 pixels, ink 255, to the network as they are")
     add("--show", action="store_true", help="also open the pictures")
     args = parser.parse_args(argv)
     utils.refuse_unused(parser, args, "images", ["split", "data_dir", "tta"])

@@ -88,7 +88,8 @@ def train_py(*flags: str) -> float:
         fixed = f"--data-dir data --device cpu --train-size {IMAGES} --epochs 4 --out {folder}"
         command = [sys.executable, "train.py", *fixed.split(), *flags]
         subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-        histories = [torch.load(path)["history"] for path in utils.find_runs(Path(folder))]
+        runs = utils.find_runs(Path(folder))
+        histories = [utils.load_checkpoint(path)["history"] for path in runs]
     times = [statistics.mean(entry["seconds"] for entry in history[1:]) for history in histories]
     return sum(IMAGES / seconds for seconds in times)
 

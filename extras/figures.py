@@ -81,7 +81,7 @@ def print_row(name: str, seconds: float, accuracies: np.ndarray) -> None:
     for look in accuracies.T:
         cells += [f"{look.mean():.2f} %", f"{look.std(ddof=1):.2f}", f"{look.min():.2f} %"]
     cells += ["–"] * (8 - len(cells))
-    print(f"| {' | '.join(cells)} | {len(accuracies)} |", flush=True)
+    print(f"| {' | '.join(cells)} | {len(accuracies)} |")
 
 
 def chart(title: str, x: list[float], accuracies: list[np.ndarray], ticks: list[int]) -> Axes:

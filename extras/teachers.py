@@ -1,6 +1,5 @@
 """Distillation (Hinton et al., 2015): a training that also learns from other networks."""
 
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable
@@ -28,11 +27,6 @@ def find(paths: Sequence[str], out: Path) -> list[str]:
     if (out / "model.pt").resolve() in found or (out / "last.pt").resolve() in found:
         raise UserError(f"{out} holds a --teacher of this training; choose another --out")
     return list(map(str, found))
-
-
-def checksums(paths: Sequence[str]) -> list[int]:
-    """Checksums of the files `paths`: teachers may move, and must not change."""
-    return [zlib.crc32(Path(path).read_bytes()) for path in paths]
 
 
 def make_loss(recipe: dict[str, Any], device: torch.device) -> Callable[..., Tensor]:

@@ -69,7 +69,7 @@ DAMAGES = {  # the file, what becomes of it, words of the message
     "not IDX": (IMAGES, lambda _: b"<html>404</html>", "not an IDX file"),
     "enormous": (IMAGES, lambda _: bytes([0, 0, 8, 3]) + 12 * b"\xff", "not an IDX file"),
     "32x32": (IMAGES, lambda _: idx(np.zeros((9, 32, 32))), "model.py: IMAGE_SIZE = 28"),
-    "int32": (IMAGES, lambda data: data[:2] + b"\x0c" + data[3:], "of type 0x0c, and 0x08 (uint8)"),
+    "int32": (IMAGES, lambda data: data[:2] + b"\x0c" + data[3:], "of type 0x0c, not 0x08 (uint8)"),
     "label 10": (LABELS, lambda _: idx(np.full(20, 10)), "to 10; model.py: CLASS_NAMES has 10"),
     "other number": (LABELS, lambda _: idx(np.zeros(19)), "shape (19,); (20,) is needed"),
     "one-hot": (LABELS, lambda _: idx(np.eye(10)[[0] * 20]), "shape (20, 10); (20,) is needed"),

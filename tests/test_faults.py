@@ -57,7 +57,7 @@ def test_a_killed_training_is_whole_and_resumes_to_the_same_bits(
     assert done.returncode == -signal.SIGKILL, done.stderr
     utils.load_model(out / "last.pt", CPU)
     if moment != MOMENTS[-1]:  # whoever looks for the network is told what goes on with it
-        words = [out / "last.pt", "not finished", f"python train.py --resume --out {out}"]
+        words = [out / "last.pt", "not finished: its command with --resume goes on"]
         refuse("test_model.py", "--checkpoint", out, words=words)
         refuse("visualize_errors.py", "--checkpoint", out / "model.pt", words=words)
     call("train.py", "--resume", "--data-dir", tiny, "--out", out)
@@ -88,9 +88,8 @@ def test_ctrl_c_and_a_second_training_into_the_same_folder(call, refuse, tiny, t
     assert process.returncode == 130 and "Traceback" not in errors
     checkpoint = utils.load_checkpoint(out / "last.pt")
     assert checkpoint["recipe"]["epochs"] == 1000
-    told = f"python train.py --resume --out '{out}' --data-dir {tiny} --device cpu"
-    kept = f"Stopped. {len(checkpoint['history'])} of 1000 epochs are kept; this goes on: {told}"
-    assert errors.strip() == kept
+    kept = f"Stopped. {len(checkpoint['history'])} of 1000 epochs are kept; "
+    assert errors.strip() == kept + "the same command with --resume goes on."
     with locked(out):  # the lock went with the process
         pass
 
@@ -132,7 +131,7 @@ def test_a_stop_while_it_is_measured_loses_nothing(call, tiny, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_epoch", interrupt)
         _, err = call(*flags, status=130)
-    assert "the one before it is still there; this goes on: python train.py --resume" in err
+    assert "Nothing is kept of this training; --resume goes on with the one before it." in err
     assert len(utils.load_checkpoint(tmp_path / "last.pt")["history"]) == 1
     out, _ = call(*flags)
     assert f"Replaces {tmp_path}, a training that is not finished" in out.splitlines()[1]
@@ -150,7 +149,7 @@ def test_sigterm_stops_all_of_several_runs_as_ctrl_c_does(tiny, tmp_path):
     for seed in (0, 1):
         utils.load_checkpoint(tmp_path / f"seed-{seed}" / "last.pt")
         log = (tmp_path / f"seed-{seed}" / "log.txt").read_text()
-        assert f"epochs are kept; this goes on: python train.py --resume --out {tmp_path}" in log
+        assert "epochs are kept; the same command with --resume goes on." in log
         with locked(tmp_path / f"seed-{seed}"):
             pass
     assert not (tmp_path / "seed-2").exists()

@@ -279,7 +279,7 @@ def test_resume_keeps_the_recipe(call, refuse, unfinished, trained, tiny, tmp_pa
     changes = ("--epochs 4", "--dropout 0 0 0 0", "--seed 1", "--variants")
     for folder in (out, trained):  # one that is not finished, one that is
         for flags in changes:
-            words = [flags.split()[0], "cannot change that", "--teacher"]
+            words = [flags.split()[0], "cannot change that"]
             refuse("train.py", "--resume", *flags.split(), "--out", folder, words=words)
     refuse("train.py", "--resume", "--dropout", 0, 0, 0, 0, "--out", out, words=["0.1 0.2 0.3 0.4"])
     call("train.py", "--resume", "--epochs", 3, "--data-dir", tiny, "--out", out)
@@ -290,14 +290,14 @@ def test_resume_keeps_the_recipe(call, refuse, unfinished, trained, tiny, tmp_pa
 
 OTHERS = {
     "make_optimizer": lambda model, lr, *_: torch.optim.Adam(model.parameters(), lr),
-    "make_schedule": lambda optimizer, *_: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
+    "make_schedule": lambda optimizer, *_: torch.optim.lr_scheduler.ConstantLR(optimizer),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_optimiser_or_schedule_is_refused(name, refuse, unfinished, tiny, monkeypatch):
     monkeypatch.setattr(utils, name, OTHERS[name])
-    words = ["not Adam and OneCycleLR" if name == "make_optimizer" else "needs a metric"]
+    words = ["not Adam and OneCycleLR" if name == "make_optimizer" else "not SGD and ConstantLR"]
     flags = ("--data-dir", tiny, "--out", unfinished)
     refuse("train.py", "--resume", *flags, words=words)
 

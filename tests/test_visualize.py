@@ -72,7 +72,7 @@ def assert_legible(figure):
 def test_as_a_user_types_it(run, trained, tmp_path):
     """Without windows and a folder for matplotlib's cache."""
     out = tmp_path / "new" / "plots"
-    env = {"MPLBACKEND": "nonsense", "MPLCONFIGDIR": __file__, "PYTHONPATH": str(tmp_path)}
+    env = {"MPLBACKEND": "nonsense", "MPLCONFIGDIR": __file__}
     done = run(SCRIPT, "--checkpoint", trained, "--out", out, **env)
     assert_pictures(out, PICTURES)
     assert not done.stderr
@@ -83,9 +83,6 @@ def test_as_a_user_types_it(run, trained, tmp_path):
     assert titles[0] == f"{wrong} of 1,000 test images misread"
     assert f"Test accuracy {accuracy:.2%} and loss " in titles[2]
     assert f"8 of {wrong} mistakes" in titles[3]
-    (tmp_path / "tempfile.py").write_text("def mkdtemp(**_):\n    raise OSError")
-    stderr = run(SCRIPT, status=2, **env).stderr  # no folder at all can be written
-    assert "set the MPLCONFIGDIR" in stderr and stderr.count("\n") == 1
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
