@@ -33,6 +33,7 @@ def run(args: argparse.Namespace, recipe: dict[str, Any], command: list[str]) ->
         seeds = range(recipe["seed"], recipe["seed"] + args.runs)
         flags = {f"seed-{seed}": f"--runs 1 --seed {seed}" for seed in seeds}
     commands = {}
+    replaced = []
     for name, its_flags in flags.items():
         folder = args.out / name
         # Of two equal flags the last one counts.
@@ -43,7 +44,9 @@ def run(args: argparse.Namespace, recipe: dict[str, Any], command: list[str]) ->
         if args.resume:
             check_resumable(folder, recipe)
         elif any(folder.glob("*.pt")):
-            print(f"Replaces {folder}; to go on with it, add --resume")
+            replaced.append(name)
+    if replaced:
+        print(f"Replaces {', '.join(replaced)} in {args.out}; to go on with them, add --resume")
     is_cpu = utils.choose_device(args.device).type == "cpu"
     jobs = args.jobs or (max(1, available_cores() // recipe["threads"]) if is_cpu else 1)
     with utils.locked(args.out):

@@ -375,7 +375,10 @@ def test_teachers_may_move_and_a_folder_of_runs_is_as_many(
 
 def test_runs_are_those_of_single_commands_and_are_reported(call, tiny, tmp_path):
     flags = ("--epochs", 1, "--val-size", 100, "--data-dir", tiny)
+    (tmp_path / "two" / "seed-4").mkdir(parents=True)
+    (tmp_path / "two" / "seed-4" / "last.pt").write_text("an older one")
     printed, _ = call("train.py", "--runs", 2, "--seed", 3, *flags, "--out", tmp_path / "two")
+    assert printed.startswith(f"Replaces seed-4 in {tmp_path / 'two'}; to go on with them, add")
     call("train.py", "--seed", 4, *flags, "--out", tmp_path / "one")
     assert_same_bits(tmp_path / "one" / "model.pt", tmp_path / "two" / "seed-4" / "model.pt")
     assert "Epoch 1" in (tmp_path / "two" / "seed-4" / "log.txt").read_text()
