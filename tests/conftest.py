@@ -175,10 +175,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def trained(run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short finished training."""
     out = tmp_path_factory.mktemp("trained")
-    run("train.py", "--epochs", 3, "--val-size", 400, "--dropout-until", 0, "--out", out)
+    flags = ["--epochs", "3", "--val-size", "400", "--dropout-until", "0", "--device", "cpu"]
+    train.main([*flags, "--data-dir", str(data_dir), "--out", str(out)])
     return out
 
 

@@ -148,12 +148,12 @@ def test_one_edit_is_enough(name, call, edit, tiny, tmp_path, monkeypatch):
     out, _ = call("visualize_errors.py", "--checkpoint", "whole", "--split", "val")
     assert len([*Path("plots").glob("*.png")]) == 6 - bool(change.missing), out
     assert f"{change.missing}: not drawn, " in out or not change.missing
-    if change.file == "model.py":
-        for ending, refusal in zip((".onnx", ".html"), change.refused):
-            if ending == ".onnx" and not find_spec("onnxscript"):
-                refusal = "ONNX needs packages"
-            path = Path("network" + ending)
-            flags = ("--checkpoint", "whole", "--export", path)
-            _, err = call("test_model.py", *flags, status=2 if refusal else 0)
-            assert path.exists() != bool(refusal)
-            assert refusal in err and err.count("\n") == bool(refusal)
+    exports = (".onnx", ".html") if change.file == "model.py" else ()
+    for ending, refusal in zip(exports, change.refused):
+        if ending == ".onnx" and not find_spec("onnxscript"):
+            refusal = "ONNX needs packages"
+        path = Path("network" + ending)
+        flags = ("--checkpoint", "whole", "--export", path)
+        _, err = call("test_model.py", *flags, status=2 if refusal else 0)
+        assert path.exists() != bool(refusal)
+        assert refusal in err and err.count("\n") == bool(refusal)

@@ -44,15 +44,23 @@ utils.run_script(lambda: train.main(sys.argv[4:]))
 MOMENTS = [("os", "replace", 1), ("os", "fsync", 2), ("utils", "predict", 1), ("os", "replace", 4)]
 
 
+# Three passes an epoch: the later ones depend on the losses that images last had.
+FLAGS = ("--device", "cpu", "--epochs", 3, "--batch-size", 128, "--dropout-until", 0.5)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    train.main(list(map(str, (*FLAGS, "--data-dir", tiny, "--out", out))))
+    return out
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_training_is_whole_and_resumes_to_the_same_bits(
-    moment, call, refuse, tiny, tmp_path
+    moment, call, refuse, tiny, undisturbed, tmp_path
 ):
-    # Three passes an epoch: the later ones depend on the losses that images last had.
-    flags = ("--epochs", 3, "--batch-size", 128, "--dropout-until", 0.5, "--data-dir", tiny)
-    call("train.py", *flags, "--out", tmp_path / "undisturbed")
     out = tmp_path / "killed"
-    words = [sys.executable, "-c", AIMED_KILL, *moment, *flags, "--device", "cpu", "--out", out]
+    words = [sys.executable, "-c", AIMED_KILL, *moment, *FLAGS, "--data-dir", tiny, "--out", out]
     done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     utils.load_model(out / "last.pt", CPU)
@@ -61,7 +69,7 @@ def test_a_killed_training_is_whole_and_resumes_to_the_same_bits(
         refuse("test_model.py", "--checkpoint", out, words=words)
         refuse("visualize_errors.py", "--checkpoint", out / "model.pt", words=words)
     call("train.py", "--resume", "--data-dir", tiny, "--out", out)
-    assert_same_bits(tmp_path / "undisturbed" / "model.pt", out / "model.pt")
+    assert_same_bits(undisturbed / "model.pt", out / "model.pt")
     assert [path.name for path in out.iterdir()] == ["model.pt"]
 
 

@@ -1,4 +1,4 @@
-"""test_model.py: its report and exports; how all scripts start and end; one whole epoch."""
+"""test_model.py: its report and exports; how all scripts start and end; one long epoch."""
 
 import json
 import re
@@ -89,9 +89,10 @@ def test_a_checkpoint_is_a_file_or_the_folder_of_one_run(call, refuse, trained, 
         refuse(script, "--checkpoint", tmp_path, words=[tmp_path, "several runs (seed-0, seed-1)"])
 
 
-def test_one_epoch_on_the_whole_of_mnist(call, tmp_path):
-    out, _ = call("train.py", "--epochs", 1, "--data-dir", ROOT / "data", "--out", tmp_path)
-    assert float(re.search(r"Final Test Accuracy: (\S+)%", out)[1]) > 98
+def test_one_epoch_on_a_third_of_mnist(call, tmp_path):
+    flags = ("--train-size", 20_000, "--data-dir", ROOT / "data", "--out", tmp_path)
+    out, _ = call("train.py", "--epochs", 1, *flags)
+    assert float(re.search(r"Final Test Accuracy: (\S+)%", out)[1]) > 97.5
 
 
 def test_mains_need_no_command_line_no_real_stdout_and_no_main_thread(
@@ -151,7 +152,7 @@ def test_weight_of_the_files():
 
 
 def test_onnx_missing(refuse, trained, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     flags = ("--checkpoint", trained / "model.pt", "--export", tmp_path / "m.onnx")
     refuse("test_model.py", *flags, words=["pip install onnx onnxscript"])
     assert not any(tmp_path.iterdir())

@@ -214,11 +214,11 @@ def test_what_is_out_of_range_is_one_line(flags, refuse, tmp_path):
     assert not out.exists()
 
 
-def test_train_logs_in_the_specifications_format_and_learns(call, trained, tmp_path):
+def test_train_logs_in_the_specifications_format_and_learns(run, trained, tmp_path):
     flags = ("--epochs", 3, "--val-size", 400, "--dropout-until", 0)
-    out, err = call("train.py", *flags, "--out", tmp_path)
-    assert err == ""  # the bar is for terminals
-    lines = out.splitlines()
+    done = run("train.py", *flags, "--out", tmp_path)
+    assert done.stderr == ""  # the bar is for terminals
+    lines = done.stdout.splitlines()
     checkpoint = utils.load_checkpoint(tmp_path / "model.pt")
     history, metrics = checkpoint["history"], checkpoint["metrics"]
     parameters = count_parameters(Net())
@@ -243,7 +243,7 @@ def test_train_logs_in_the_specifications_format_and_learns(call, trained, tmp_p
     assert checkpoint["recipe"]["weight_decay"] == 1e-4
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
     assert (tmp_path / "model.pt").stat().st_size < 100_000
-    assert_same_bits(trained / "model.pt", tmp_path / "model.pt")  # which the same command wrote
+    assert_same_bits(trained / "model.pt", tmp_path / "model.pt")  # of the same flags
 
 
 def test_losses_of_an_epoch_are_the_means_between_the_logs(build):
