@@ -49,7 +49,7 @@ def read_images(
     """
     files = find_images(paths)
     if labels:
-        for folder in {file.absolute().parent for file in files if file.is_file()}:
+        for folder in {file.absolute().parent for file in files if os.path.isfile(file)}:
             if folder.name not in CLASS_NAMES and not folder.name.replace(" ", "").isdecimal():
                 raise UserError(f"--labels: {folder} is named after no number")
     images = [report for _, _, report in read_files(model, files, raw)]
