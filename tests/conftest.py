@@ -136,7 +136,7 @@ def refuse(call: Callable[..., tuple[str, str]]) -> Callable[..., None]:
 
 
 def our_modules() -> list[str]:
-    """The names of all imported modules that `edit` replaces."""
+    """The imported modules that `edit` replaces."""
     ours = ("model", "utils", "train", "test_model", "visualize_errors", "extras")
     return [name for name in sys.modules if name.split(".")[0] in ours]
 
